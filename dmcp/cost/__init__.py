@@ -1,0 +1,7 @@
+"""Cost of a structure as a polynomial of its widths; exact expectation and variance."""
+
+from dmcp.cost.count import cost
+from dmcp.cost.moments import ChainLayout, width_moments
+from dmcp.cost.polynomial import Cost
+
+__all__ = ["ChainLayout", "Cost", "cost", "width_moments"]

@@ -1,0 +1,102 @@
+"""A cost as a polynomial of the unit widths, and its exact mean and variance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmcp.errors import ConfigError
+from dmcp.graph import ChannelUnit, check_widths
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``constant + linear · c + Σ_{u ≤ v} quadratic[u, v] c_u c_v`` of the unit widths c.
+
+    Attributes:
+        metric: ``"macs"``, ``"params"`` or ``"memory"``.
+        units: the units whose widths are the variables, in order (U of them).
+        constant: what no width changes.
+        linear: int64 [U].
+        quadratic: int64 [U, U], upper triangular; the diagonal holds the layers that a unit both
+            feeds and is produced by.
+    """
+
+    metric: str
+    units: tuple[ChannelUnit, ...]
+    constant: int
+    linear: Tensor
+    quadratic: Tensor
+
+    def of(self, widths: Mapping[str, int]) -> int:
+        """The exact cost of a structure; units left out of ``widths`` stay whole.
+
+        Raises:
+            ConfigError: see `dmcp.graph.check_widths`.
+        """
+        full = check_widths(self.units, widths)
+        vector = torch.tensor([[full[unit.name] for unit in self.units]], dtype=torch.int64)
+        return int(self.of_many(vector))
+
+    def of_many(self, widths: Tensor) -> Tensor:
+        """The exact costs of many structures: int64 [n, U] -> int64 [n]."""
+        if widths.dtype != torch.int64 or widths.ndim != 2 or widths.shape[1] != len(self.units):
+            raise ConfigError(
+                f"widths must be int64 [n, {len(self.units)}], got {widths.dtype} "
+                f"{list(widths.shape)}"
+            )
+        cpu = widths.cpu()
+        pairs = (cpu @ self.quadratic * cpu).sum(1)
+        return (self.constant + cpu @ self.linear + pairs).to(widths.device)
+
+    def mean(self, moments: Tensor) -> Tensor:
+        """The expected cost of structures drawn from independent chains.
+
+        A unit at both ends of a layer enters through E[c²], not E[c]², so this is the mean over all
+        structures exactly.
+
+        Args:
+            moments: [U, k >= 2] float, E[c_u^(j+1)] in column j (`dmcp.cost.width_moments`).
+
+        Returns:
+            0-d tensor of the moments' dtype, differentiable.
+        """
+        linear, quadratic = self._coefficients(moments)
+        first, second = moments[:, 0], moments[:, 1]
+        cross = first @ quadratic.triu(1) @ first
+        return self.constant + linear @ first + cross + quadratic.diagonal() @ second
+
+    def variance(self, moments: Tensor) -> Tensor:
+        """The variance of the cost of structures drawn from independent chains.
+
+        With centred widths d_u = c_u - E[c_u] the cost is a constant plus one function of each
+        single d_u plus products d_u d_v (u < v), and all of these are uncorrelated.
+
+        Args:
+            moments: [U, 4] float, E[c_u^(j+1)] in column j.
+
+        Returns:
+            0-d tensor of the moments' dtype, differentiable.
+        """
+        linear, quadratic = self._coefficients(moments)
+        m1, m2, m3, m4 = moments.unbind(1)
+        pairs = quadratic.triu(1)
+        slope = linear + (pairs + pairs.T) @ m1
+        square = quadratic.diagonal()
+        variance = m2 - m1**2
+        single = (
+            slope**2 * variance
+            + 2 * slope * square * (m3 - m1 * m2)
+            + square**2 * (m4 - m2**2)
+        )
+        return single.sum() + variance @ pairs**2 @ variance
+
+    def _coefficients(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear.to(moments), self.quadratic.to(moments)
+
+    def __repr__(self) -> str:
+        full = self.of({})
+        return f"Cost({self.metric!r}, {len(self.units)} units, full {full:,})"

@@ -1,0 +1,18 @@
+"""Tracing a model to channel units, and extracting smaller networks from it."""
+
+from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, Node
+from dmcp.graph.extract import extract
+from dmcp.graph.trace import trace
+from dmcp.graph.units import ChannelUnit, Member, check_widths
+
+__all__ = [
+    "ChannelGraph",
+    "ChannelUnit",
+    "LayerCall",
+    "Member",
+    "ModuleAxes",
+    "Node",
+    "check_widths",
+    "extract",
+    "trace",
+]

@@ -1,0 +1,69 @@
+"""A drop-in linear layer whose output features follow a Markov chain."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmcp.errors import ConfigError
+from dmcp.nn.axis import Axis, scale_channels, select
+from dmcp.nn.chain import MarkovChain
+
+
+class MarkovLinear(nn.Linear):
+    """``nn.Linear`` whose output features are retained by a Markov chain.
+
+    Narrowing and masking as in `MarkovConv2d`; with ``chain=None`` (a classifier) only the inputs
+    may narrow.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        chain: ``"own"``, another module's chain, or None for a fixed number of outputs.
+        chain_groups, divisor, min_width, start: of its own chain, see `MarkovChain`.
+
+    Shape: [..., in_features or fewer] -> [..., ``chain.width``].
+
+    Raises:
+        ConfigError: a shared chain of another size.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        chain: MarkovChain | Literal["own"] | None = "own",
+        chain_groups: int = 10,
+        divisor: int = 8,
+        min_width: int = 1,
+        start: float = 0.9,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if chain == "own":
+            self.chain: MarkovChain | None = MarkovChain(
+                out_features, chain_groups, divisor, min_width, start=start, device=device
+            )
+            chain = self.chain
+        if chain is not None and chain.channels != out_features:
+            raise ConfigError(f"chain has {chain.channels} channels, out_features is {out_features}")
+        # In a tuple, so that a shared chain is not registered as a submodule of each follower.
+        self._axes: tuple[Axis | None, Axis | None] = (None, chain)
+        self.masks = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs, outputs = self._axes
+        keep = outputs.keep() if outputs is not None else None
+        bias = None if self.bias is None else select(self.bias, 0, keep)
+        weight = select(self.weight, 0, keep)
+        if inputs is not None:
+            weight = select(weight, 1, inputs.keep())
+        elif x.shape[-1] != self.in_features:
+            weight = weight[:, : x.shape[-1]]
+        mask = outputs.mask if outputs is not None and self.masks else None
+        return scale_channels(F.linear(x, weight, bias), mask, keep, x.ndim - 1)

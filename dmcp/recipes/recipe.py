@@ -1,0 +1,36 @@
+"""What a recipe is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dmcp.search import SearchOptions
+from dmcp.train.training import TrainOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a search and the retraining after it need, save the data.
+
+    Attributes:
+        search: options of the search.
+        retrain: options of the retraining.
+        search_epochs, retrain_epochs: lengths in epochs of the training set.
+        batch_size: images per step, over all processes.
+        groups, divisor: the width grid, see `dmcp.nn.width_choices`.
+        model: name of the searched network, None where the recipe suits any.
+        model_options: keyword arguments of that network.
+        budget: the MACs it was published for, None where there is none.
+    """
+
+    search: SearchOptions
+    retrain: TrainOptions
+    search_epochs: int
+    retrain_epochs: int
+    batch_size: int
+    groups: int = 10
+    divisor: int = 8
+    model: str | None = None
+    model_options: Mapping[str, float] = field(default_factory=dict)
+    budget: str | None = None

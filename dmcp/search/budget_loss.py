@@ -1,0 +1,107 @@
+"""Losses that hold the expected cost at its budget.
+
+All of them read r = E[cost] / budget, one number per bound, so they do not depend on units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmcp.errors import ConfigError
+
+_NEAREST = 1e-3
+"""Distance |r - 1| below which ``log_l1`` stops falling, so that it is finite at the budget."""
+
+
+class BudgetLoss:
+    """A budget loss by name.
+
+    ``"log_l1"``
+        weight · log|r - 1|, the paper's λ log|E - T| up to a constant. With ``tolerance`` > 0 as in
+        the published code: zero for 1 - tolerance <= r < 1, and from above measured against
+        1 - tolerance.
+    ``"l1"``, ``"l2"``
+        weight · |r - 1|, weight · (r - 1)².
+    ``"augmented_lagrangian"``
+        for r <= 1: (max(0, μ + ρ (r - 1))² - μ²) / 2ρ with ρ = ``weight``, and after every step
+        μ <- max(0, μ + ρ (r - 1)). Several bounds are met at once, tight or not.
+
+    Args:
+        name: one of the above.
+        weight: λ or ρ.
+        tolerance: width of the dead zone of ``log_l1``.
+        bounds: number of bounds.
+        device: where the ratios live.
+
+    Raises:
+        ConfigError: an unknown name, a weight that is not positive, a tolerance outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        tolerance: float = 0.0,
+        bounds: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if name not in _LOSSES:
+            raise ConfigError(f"budget_loss must be one of {list(_LOSSES)}, got {name!r}")
+        if not weight > 0:
+            raise ConfigError(f"budget_weight must be positive, got {weight!r}")
+        if not 0 <= tolerance < 1:
+            raise ConfigError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+        self.name = name
+        self.weight = weight
+        self.tolerance = tolerance
+        self.multipliers = torch.zeros(bounds, dtype=torch.float64, device=device)
+
+    def __call__(self, ratios: Tensor) -> Tensor:
+        """The loss of expected cost over budget: float64 [B] -> 0-d."""
+        return _LOSSES[self.name](self, ratios).sum()
+
+    def update(self, ratios: Tensor) -> None:
+        """Move the multipliers of the augmented Lagrangian; nothing for the other losses."""
+        if self.name == "augmented_lagrangian":
+            moved = self.multipliers + self.weight * (ratios.detach() - 1)
+            self.multipliers = moved.clamp(min=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"multipliers": self.multipliers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.multipliers = state["multipliers"].to(self.multipliers.device)
+
+
+def _log_l1(loss: BudgetLoss, ratios: Tensor) -> Tensor:
+    floor = 1 - loss.tolerance
+    below, above = 1 - ratios, ratios - floor
+    distance = torch.where(ratios < floor, below, above).clamp(min=_NEAREST)
+    value = loss.weight * distance.log()
+    in_zone = (ratios >= floor) & (ratios < 1)
+    return value.masked_fill(in_zone, 0.0)
+
+
+def _l1(loss: BudgetLoss, ratios: Tensor) -> Tensor:
+    return loss.weight * (ratios - 1).abs()
+
+
+def _l2(loss: BudgetLoss, ratios: Tensor) -> Tensor:
+    return loss.weight * (ratios - 1) ** 2
+
+
+def _augmented_lagrangian(loss: BudgetLoss, ratios: Tensor) -> Tensor:
+    active = (loss.multipliers + loss.weight * (ratios - 1)).clamp(min=0)
+    return (active**2 - loss.multipliers**2) / (2 * loss.weight)
+
+
+_LOSSES: dict[str, Callable[[BudgetLoss, Tensor], Tensor]] = {
+    "augmented_lagrangian": _augmented_lagrangian,
+    "log_l1": _log_l1,
+    "l1": _l1,
+    "l2": _l2,
+}

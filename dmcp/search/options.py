@@ -1,0 +1,63 @@
+"""Options of a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dmcp.errors import ConfigError
+from dmcp.train.optim import Schedule
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Everything about a search but the network, the budget and the number of steps.
+
+    The defaults are those that searched best on small data; `SearchOptions.paper` gives the
+    published values.
+
+    Attributes:
+        warmup: share of the steps that only train weights (stage 1 alone).
+        lr: learning rate of the weights (SGD, Nesterov).
+        momentum, weight_decay: of the weights; no decay on biases and norms.
+        label_smoothing: of the task loss of the widest and of the masked network.
+        random_subnets: sub-networks of a sandwich step besides the widest and the narrowest.
+        uniform_share: probability that a random sub-network of the *last* step is drawn uniformly
+            instead of from the chains. It is 1 until the warm-up ends and falls geometrically with
+            progress from there, whatever the batch size.
+        distil: the other sub-networks learn the widest one's outputs instead of the labels.
+        start: transition probability of every group at the start, or ``"budget"``: the one at
+            which the expected cost meets the tightest bound.
+        arch_optimizer: ``"adam"``, or ``"sgd"`` (Nesterov, momentum 0.9).
+        arch_lr: learning rate of α over the steps after the warm-up.
+        budget_loss, budget_weight, tolerance: see `BudgetLoss`.
+    """
+
+    warmup: float = 0.5
+    lr: Schedule = field(default_factory=lambda: Schedule(peak=0.05, final=0.005))
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    random_subnets: int = 2
+    uniform_share: float = 0.1
+    distil: bool = True
+    start: float | Literal["budget"] = "budget"
+    arch_optimizer: Literal["adam", "sgd"] = "adam"
+    arch_lr: Schedule = field(default_factory=lambda: Schedule(peak=0.1, final=0.02))
+    budget_loss: str = "augmented_lagrangian"
+    budget_weight: float = 1.0
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup must lie in [0, 1), got {self.warmup!r}")
+        if self.random_subnets < 0:
+            raise ConfigError(f"random_subnets must not be negative, got {self.random_subnets!r}")
+        if not 0 < self.uniform_share <= 1:
+            raise ConfigError(f"uniform_share must lie in (0, 1], got {self.uniform_share!r}")
+        if self.start != "budget" and not (isinstance(self.start, float) and 0 < self.start < 1):
+            raise ConfigError(f"start must be 'budget' or lie in (0, 1), got {self.start!r}")
+        if self.arch_optimizer not in ("adam", "sgd"):
+            raise ConfigError(
+                f"arch_optimizer must be 'adam' or 'sgd', got {self.arch_optimizer!r}"
+            )

@@ -1,0 +1,141 @@
+"""From trained chains to structures: expected sampling and Markov sampling (DMCP, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmcp.errors import SamplingError
+from dmcp.search.budget import Targets
+from dmcp.search.markov_net import MarkovNet
+
+_CHUNK = 4096
+"""Structures drawn at a time by rejection sampling."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Structures drawn from the chains.
+
+    Attributes:
+        units: names of the units, in order (U of them).
+        widths: int64 [n, U].
+        draws: how many structures were drawn to find them.
+    """
+
+    units: tuple[str, ...]
+    widths: Tensor
+    draws: int
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __getitem__(self, number: int) -> dict[str, int]:
+        """One structure, unit name -> width."""
+        return dict(zip(self.units, self.widths[number].tolist(), strict=True))
+
+
+@torch.no_grad()
+def expected_widths(net: MarkovNet, targets: Targets) -> dict[str, int]:
+    """Expected sampling, on the grid and inside the budget.
+
+    Every unit takes the choice nearest to its expected width. Then groups go, the one with the
+    lowest retain probability first, until the structure lies within every bound; then groups
+    come back, the one with the highest retain probability first, as long as one fits.
+    """
+    choices = [unit.choices for unit in net.graph.units]
+    means = net.width_moments(1).squeeze(1).tolist()
+    q = _retain_by_unit(net)
+    place = [_nearest(grid, mean) for grid, mean in zip(choices, means, strict=True)]
+
+    def widths(place: list[int]) -> list[int]:
+        return [grid[k] for grid, k in zip(choices, place, strict=True)]
+
+    def fits(places: list[list[int]]) -> list[bool]:
+        structures = torch.tensor([widths(place) for place in places], dtype=torch.int64)
+        return list(targets.met(structures).tolist())
+
+    while not fits([place])[0]:
+        last = [(q[u][k - 1], u) for u, k in enumerate(place) if k > 0]
+        place[min(last)[1]] -= 1
+    while True:
+        following = sorted(
+            ((q[u][k], u) for u, k in enumerate(place) if k + 1 < len(choices[u])), reverse=True
+        )
+        candidates = [[k + (u == v) for v, k in enumerate(place)] for _, u in following]
+        accepted = fits(candidates) if candidates else []
+        if not any(accepted):
+            break
+        place = candidates[accepted.index(True)]
+    names = [unit.name for unit in net.graph.units]
+    return dict(zip(names, widths(place), strict=True))
+
+
+@torch.no_grad()
+def draw_widths(net: MarkovNet, count: int, generator: torch.Generator | None = None) -> Samples:
+    """Markov sampling: every chain is walked from its base to the first group that is not retained.
+
+    Args:
+        net: the chains.
+        count: structures to draw.
+        generator: on the CPU; the default generator if None.
+    """
+    choices = [unit.choices for unit in net.graph.units]
+    longest = max(len(grid) for grid in choices)
+    p = torch.zeros(len(choices), longest - 1)
+    grid = torch.zeros(len(choices), longest, dtype=torch.int64)
+    for number, unit in enumerate(net.graph.units):
+        grid[number, : len(unit.choices)] = torch.tensor(unit.choices)
+        if len(unit.choices) > 1:
+            p[number, : len(unit.choices) - 1] = net.chain(unit.name).transition()
+    kept = (torch.rand(count, *p.shape, generator=generator) < p).cumprod(2).sum(2)
+    widths = grid.expand(count, -1, -1).gather(2, kept[:, :, None]).squeeze(2)
+    return Samples(tuple(unit.name for unit in net.graph.units), widths, count)
+
+
+def sample_within(
+    net: MarkovNet,
+    targets: Targets,
+    count: int,
+    tolerance: float,
+    generator: torch.Generator | None = None,
+    max_draws: int = 1_000_000,
+) -> Samples:
+    """Markov sampling until ``count`` structures lie within ``tolerance`` of the budget.
+
+    With several bounds the tightest one counts.
+
+    Returns:
+        The structures; fewer than ``count`` if ``max_draws`` structures did not hold more.
+
+    Raises:
+        SamplingError: none was found; the message says what was.
+    """
+    found: list[Tensor] = []
+    closest, draws = float("inf"), 0
+    while sum(map(len, found)) < count and draws < max_draws:
+        drawn = draw_widths(net, min(_CHUNK, max_draws - draws), generator)
+        ratio = targets.largest_ratio(drawn.widths)
+        found.append(drawn.widths[(ratio - 1).abs() <= tolerance])
+        closest = min(closest, float((ratio - 1).abs().min()))
+        draws += len(drawn)
+    widths = torch.cat(found)[:count]
+    if not len(widths):
+        mean = float(targets.ratios(net.width_moments()).max())
+        raise SamplingError(
+            f"none of {draws:,} sampled structures lies within {tolerance:.1%} of the budget: the "
+            f"closest is {closest:.1%} away and their mean is {mean:.1%} of it"
+        )
+    return Samples(drawn.units, widths, draws)
+
+
+def _nearest(grid: Sequence[int], mean: float) -> int:
+    return min(range(len(grid)), key=lambda place: abs(grid[place] - mean))
+
+
+def _retain_by_unit(net: MarkovNet) -> list[list[float]]:
+    lengths = [len(unit.choices) - 1 for unit in net.graph.units]
+    return [part.tolist() for part in net.retain().split(lengths)]

@@ -1,0 +1,261 @@
+"""The two-stage search (DMCP, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmcp.errors import CheckpointError, ConfigError
+from dmcp.search.budget import Budget, Targets
+from dmcp.search.budget_loss import BudgetLoss
+from dmcp.search.markov_net import MarkovNet
+from dmcp.search.options import SearchOptions
+from dmcp.search.sampling import Samples, draw_widths, expected_widths, sample_within
+from dmcp.search.subnets import narrowest, random_subnets
+from dmcp.train.distributed import World, average_gradients
+from dmcp.train.loss import cross_entropy, distillation
+from dmcp.train.optim import set_lr, sgd
+
+
+class Search:
+    """Finds the widths of a `MarkovNet` under a budget, in one training run.
+
+    Every step is a sandwich step: one update of the weights from the widest, the narrowest and some
+    random sub-networks, the others distilled from the widest. After the warm-up an architecture
+    step follows on the same batch: one update of α from the task loss of the masked network plus
+    the budget loss, weights frozen. Running batch-norm statistics follow the widest network alone.
+
+    Args:
+        net: what to search; its weights are trained in place.
+        budget: what the structure may cost.
+        steps: number of calls of `step`, which the schedules refer to.
+        options: see `SearchOptions`.
+        seed: of the sub-networks; the same on every rank.
+        world: the processes that search together; each gives its own part of the batch.
+
+    Raises:
+        BudgetError: the network cannot meet the budget, or is below it anyway.
+        ConfigError: steps below 1.
+    """
+
+    def __init__(
+        self,
+        net: MarkovNet,
+        budget: Budget,
+        steps: int,
+        options: SearchOptions | None = None,
+        *,
+        seed: int = 0,
+        world: World | None = None,
+    ) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"steps must be an int of at least 1, got {steps!r}")
+        self.net = net
+        self.options = options = options or SearchOptions()
+        self.targets: Targets = budget.of(net.graph)
+        self.steps = steps
+        self.step_index = 0
+        self.world = world or World.single(net.architecture_parameters()[0].device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
+        self.arch_optimizer = _arch_optimizer(net.architecture_parameters(), options)
+        self.budget_loss = BudgetLoss(
+            options.budget_loss,
+            options.budget_weight,
+            options.tolerance,
+            len(self.targets.bounds),
+            net.architecture_parameters()[0].device,
+        )
+        start = options.start
+        if start == "budget":
+            start = start_at_budget(net, self.targets)
+        for chain in net.chains.values():
+            chain.reset(start)  # type: ignore[operator]
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before the first architecture step."""
+        return round(self.options.warmup * self.steps)
+
+    def step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        arch_images: Tensor | None = None,
+        arch_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One iteration.
+
+        Args:
+            images: [N, C, H, W].
+            labels: int64 [N].
+            arch_images, arch_labels: a batch of held-out images for the architecture step; by
+                default, and in the paper, it sees the same batch as the weights.
+
+        Returns:
+            0-d tensors, detached and on the device: ``loss`` and ``accuracy`` of the widest
+            network, ``subnet_loss``, the mean of the others, and ``expected_<metric>``; after the
+            warm-up also ``masked_loss`` and ``budget_loss``.
+        """
+        if self.step_index >= self.steps:
+            raise ConfigError(f"the search is over: all {self.steps} steps are done")
+        self.net.train()
+        metrics = self._sandwich_step(images, labels)
+        if self.step_index >= self.warmup_steps:
+            if arch_images is None or arch_labels is None:
+                arch_images, arch_labels = images, labels
+            metrics |= self._architecture_step(arch_images, arch_labels)
+        with torch.no_grad():
+            moments = self.net.width_moments()
+            metrics |= {
+                f"expected_{cost.metric}": cost.mean(moments) for cost in self.targets.costs
+            }
+        self.step_index += 1
+        return metrics
+
+    def expected_widths(self) -> dict[str, int]:
+        """Expected sampling: on the grid, inside the budget; see `dmcp.search.expected_widths`."""
+        return expected_widths(self.net, self.targets)
+
+    def sample_widths(
+        self,
+        count: int,
+        generator: torch.Generator | None = None,
+        *,
+        tolerance: float | None = None,
+        max_draws: int = 1_000_000,
+    ) -> Samples:
+        """Markov sampling; with a tolerance, only structures that close to the budget.
+
+        Raises:
+            SamplingError: no structure within the tolerance was found in ``max_draws`` draws.
+        """
+        if tolerance is None:
+            return draw_widths(self.net, count, generator)
+        return sample_within(self.net, self.targets, count, tolerance, generator, max_draws)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the following steps depend on."""
+        return {
+            "stage": "search",
+            "steps": self.steps,
+            "step_index": self.step_index,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "budget_loss": self.budget_loss.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: the state is of another stage or another number of steps.
+        """
+        if state.get("stage") != "search" or state.get("steps") != self.steps:
+            raise CheckpointError(
+                f"the checkpoint is of stage {state.get('stage')!r} with {state.get('steps')} "
+                f"steps, not of a search with {self.steps} steps"
+            )
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        self.budget_loss.load_state_dict(state["budget_loss"])
+        self.generator.set_state(state["generator"])
+        self.step_index = state["step_index"]
+
+    def _sandwich_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        options = self.options
+        set_lr(self.optimizer, options.lr.at(self.step_index / self.steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.net(images)
+        loss = cross_entropy(logits, labels, options.label_smoothing)
+        loss.backward()
+        teacher = logits.detach()
+        others = [narrowest(self.net)]
+        others += random_subnets(
+            self.net, options.random_subnets, self._uniform_share(), self.generator
+        )
+        other_losses = [self._subnet_loss(widths, images, labels, teacher) for widths in others]
+        average_gradients(self.net.weight_parameters(), self.world)
+        self.optimizer.step()
+        return {
+            "loss": loss.detach(),
+            "accuracy": (teacher.argmax(1) == labels).float().mean(),
+            "subnet_loss": torch.stack(other_losses).mean(),
+        }
+
+    def _subnet_loss(
+        self, widths: Mapping[str, int], images: Tensor, labels: Tensor, teacher: Tensor
+    ) -> Tensor:
+        with self.net.at(widths):
+            logits = self.net(images)
+        if self.options.distil:
+            loss = distillation(logits, teacher)
+        else:
+            loss = cross_entropy(logits, labels, self.options.label_smoothing)
+        loss.backward()
+        return loss.detach()
+
+    def _architecture_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
+        set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
+        self.arch_optimizer.zero_grad(set_to_none=True)
+        with _frozen(self.net.weight_parameters()), self.net.masked():
+            task = cross_entropy(self.net(images), labels, self.options.label_smoothing)
+            ratios = self.targets.ratios(self.net.width_moments())
+            budget = self.budget_loss(ratios)
+            (task + budget).backward()
+        average_gradients(self.net.architecture_parameters(), self.world)
+        self.arch_optimizer.step()
+        self.budget_loss.update(ratios)
+        return {"masked_loss": task.detach(), "budget_loss": budget.detach()}
+
+    def _uniform_share(self) -> float:
+        """The chance that a random sub-network is uniform: 1, then geometric down to the option."""
+        done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
+        return float(self.options.uniform_share ** max(0.0, done))
+
+
+def _arch_optimizer(
+    parameters: Sequence[nn.Parameter], options: SearchOptions
+) -> torch.optim.Optimizer:
+    lr = options.arch_lr.at(0.0)
+    if options.arch_optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=lr)
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradient for these parameters while the context is open, so none is computed."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def start_at_budget(net: MarkovNet, targets: Targets, tolerance: float = 1e-3) -> float:
+    """The transition probability, one for all groups, at which the expected cost meets the tightest
+    bound: bisection on its logit. The chains are left at it."""
+    low, high = -12.0, 12.0
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        for chain in net.chains.values():
+            nn.init.constant_(chain.alpha, middle)  # type: ignore[arg-type]
+        if targets.ratios(net.width_moments()).max() > 1:
+            high = middle
+        else:
+            low = middle
+    return 1 / (1 + math.exp(-low))

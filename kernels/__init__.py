@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``dmcp.kernels``; importing one imports Triton."""

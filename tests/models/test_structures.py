@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import dmcp
+from dmcp.errors import ConfigError
+from dmcp.graph import ChannelGraph
+from dmcp.models import build, structures
+from dmcp.models.structures import Structure
+
+EVERY = pytest.mark.parametrize("name", structures.names())
+
+
+@cache
+def _trace(model: str, width: float) -> ChannelGraph:
+    return dmcp.trace(build(model, width=width), torch.zeros(2, 3, 224, 224))
+
+
+def graph_of(structure: Structure) -> ChannelGraph:
+    return _trace(structure.model, **structure.model_kwargs)
+
+
+def macs(structure: Structure, **changed: int) -> int:
+    return dmcp.cost(graph_of(structure), "macs").of({**structure.widths, **changed})
+
+
+def grid(channels: int, max_width: float) -> range:
+    """The widths of a unit in the paper's search, smallest first (supplement, section B.2)."""
+    size = int(0.1 * channels / max_width)
+    groups = int((max_width - 0.1) / 0.1 + 1e-4)
+    return range(channels - groups * size, channels + 1, size)
+
+
+def units_off_the_grid(structure: Structure, max_width: float) -> int:
+    full = graph_of(structure).widths()
+    return sum(width not in grid(full[unit], max_width) for unit, width in structure.widths.items())
+
+
+@EVERY
+def test_the_widths_are_those_of_every_searchable_unit(name: str) -> None:
+    structure = structures.get(name)
+    full = {unit.name: unit.channels for unit in graph_of(structure).units if unit.searchable}
+
+    assert structure.widths.keys() == full.keys()
+    assert all(1 <= width <= full[unit] for unit, width in structure.widths.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected_macs", "expected_params"),
+    [
+        ("resnet50-2.8G", 2_832_777_865, 19_374_447),
+        ("resnet50-2.2G", 2_194_130_032, 21_968_906),
+        ("mobilenet_v2-300M", 300_000_177, 5_231_944),
+        ("mobilenet_v2-210M", 209_995_327, 3_204_004),
+        ("mobilenet_v2-97M", 113_013_034, 2_516_371),
+        ("mobilenet_v2-97M-repaired", 97_595_822, 1_851_976),
+        ("mobilenet_v2-87M", 85_424_809, 2_185_121),
+        ("mobilenet_v2-59M", 58_753_779, 1_550_968),
+    ],
+)
+def test_counts_of_the_extracted_network(
+    count_macs: Any, name: str, expected_macs: int, expected_params: int
+) -> None:
+    structure = structures.get(name)
+    graph = graph_of(structure)
+    small = dmcp.extract(graph, structure.widths)
+
+    assert macs(structure) == expected_macs
+    assert dmcp.cost(graph, "params").of(structure.widths) == expected_params
+    assert sum(parameter.numel() for parameter in small.parameters()) == expected_params
+    assert count_macs(small) == expected_macs
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "slope"),
+    [
+        ("mobilenet_v2-300M", 261.164, 21_433),
+        ("mobilenet_v2-210M", 195.216, 13_838),
+        ("mobilenet_v2-97M", 99.691, 10_408),
+        ("mobilenet_v2-59M", 52.238, 7_272),
+    ],
+)
+def test_macs_of_table_8_without_its_missing_conv_last(name: str, body: float, slope: int) -> None:
+    structure = structures.get(name)
+    per_channel = macs(structure, conv_last=2) - macs(structure, conv_last=1)
+
+    assert per_channel == slope
+    assert round((macs(structure, conv_last=1) - per_channel) / 1e6, 3) == body
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("mobilenet_v2-300M", 300e6),
+        ("mobilenet_v2-210M", 210e6),
+        ("mobilenet_v2-97M-repaired", 97e6),
+        ("mobilenet_v2-59M", 59e6),
+    ],
+)
+def test_the_chosen_conv_last_meets_the_budget(name: str, budget: float) -> None:
+    assert macs(structures.get(name)) == pytest.approx(budget, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_width"),
+    [
+        ("mobilenet_v2-97M", 1.0),
+        ("mobilenet_v2-97M-repaired", 1.0),
+        ("mobilenet_v2-59M", 1.5),
+        ("mobilenet_v2-87M", 1.5),
+        ("resnet50-2.2G", 1.0),
+    ],
+)
+def test_sampled_structures_lie_on_the_papers_grid(name: str, max_width: float) -> None:
+    """A slip in transcribing a number would take it off the grid."""
+    assert units_off_the_grid(structures.get(name), max_width) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "max_width"),
+    [("mobilenet_v2-300M", 1.5), ("mobilenet_v2-210M", 1.5), ("resnet50-2.8G", 1.0)],
+)
+def test_expected_structures_do_not_lie_on_the_grid(name: str, max_width: float) -> None:
+    structure = structures.get(name)
+
+    assert units_off_the_grid(structure, max_width) > len(structure.widths) / 2
+
+
+def test_the_97m_repair_changes_one_block_and_conv_last() -> None:
+    printed = structures.get("mobilenet_v2-97M").widths
+    repaired = structures.get("mobilenet_v2-97M-repaired").widths
+
+    changed = {unit for unit in printed if printed[unit] != repaired[unit]}
+    assert changed == {"layer5.2.expand", "conv_last"}
+    assert repaired["layer5.2.expand"] == repaired["layer5.1.expand"]
+
+
+@EVERY
+def test_structures_are_immutable(name: str) -> None:
+    structure = structures.get(name)
+
+    with pytest.raises(FrozenInstanceError):
+        structure.model = "resnet18"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        structure.widths["conv1"] = 1  # type: ignore[index]
+
+
+def test_an_unknown_structure_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'resnet50-1G'.*resnet50-2\.8G.*mobilenet_v2-59M"):
+        structures.get("resnet50-1G")

@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dmcp.backends import backends, native_cuda
+
+OPS = """
+import torch
+from dmcp.backends import backends
+from dmcp.ops import retain, retain_reference
+
+alpha = torch.linspace(-3, 3, 23, requires_grad=True)
+offsets = torch.tensor([0, 9, 9, 23], dtype=torch.int32)
+q = retain(alpha, offsets)
+q.sum().backward()
+assert torch.equal(q, retain_reference(alpha, offsets))
+assert torch._C._dispatch_has_kernel_for_dispatch_key("dmcp::retain", "CPU") is False
+print(*backends().values(), sep="\\n")
+"""
+
+
+def python(code, folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_every_backend_is_reported():
+    report = backends()
+    assert list(report) == ["eager", "native", "cuda", "triton"]
+    for name, backend in report.items():
+        assert backend.name == name
+        assert backend.reason
+        assert str(backend).split()[:2] == [name, "yes" if backend.available else "no"]
+    assert report["eager"].available
+
+
+def test_gpu_backends_need_a_device():
+    has_device = torch.cuda.is_available()
+    assert backends()["cuda"].available == (native_cuda() and has_device)
+    if not has_device:
+        assert not backends()["triton"].available
+
+
+@pytest.mark.parametrize("op", ["retain", "retain_backward"])
+def test_an_available_backend_is_the_one_that_runs(op):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(f"dmcp::{op}", "CPU") == backends()["native"].available
+    if native_cuda():
+        assert has_kernel(f"dmcp::{op}", "CUDA")
+
+
+def test_eager_on_request(tmp_path):
+    done = python(OPS, tmp_path, DMCP_BACKEND="eager")
+    assert done.returncode == 0, done.stderr
+    eager, *others = done.stdout.splitlines()
+    assert eager.split()[:2] == ["eager", "yes"]
+    assert len(others) == 3
+    assert all("disabled by DMCP_BACKEND=eager" in line for line in others)
+
+
+def test_unknown_backend_is_refused(tmp_path):
+    done = python("import dmcp.ops", tmp_path, DMCP_BACKEND="fast")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("dmcp.errors.ConfigError: DMCP_BACKEND must be one of auto, eager")
+    assert "'fast'" in last
+
+
+def test_missing_native_module_leaves_the_eager_ops(tmp_path):
+    # What a failed build leaves behind: no such module to import.
+    hide = "import sys; sys.modules['dmcp._native'] = None\n"
+    done = python(hide + OPS, tmp_path, DMCP_BACKEND="auto")
+    assert done.returncode == 0, done.stderr
+    native = done.stdout.splitlines()[1]
+    assert native.split()[:2] == ["native", "no"]
+    assert "not built" in native
+    assert "pip install -v ." in native
