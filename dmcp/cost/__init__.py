@@ -1,7 +1,8 @@
 """Cost of a structure as a polynomial of its widths; exact expectation and variance."""
 
 from dmcp.cost.count import cost
+from dmcp.cost.measure import measured_macs
 from dmcp.cost.moments import ChainLayout, width_moments
 from dmcp.cost.polynomial import Cost
 
-__all__ = ["ChainLayout", "Cost", "cost", "width_moments"]
+__all__ = ["ChainLayout", "Cost", "cost", "measured_macs", "width_moments"]

@@ -55,7 +55,8 @@ class Node:
         module: qualified name of the module the call belongs to (that owns the parameters, or the
             activation module itself), or None for a functional call.
         inputs: numbers of the nodes it reads.
-        homogeneous: act(q v) = q act(v) for q >= 0 (ReLU, but not ReLU6).
+        homogeneous: f(q v) = q f(v) for q >= 0, for an activation (ReLU, but not ReLU6) and a
+            depthwise convolution (without bias).
     """
 
     kind: NodeKind

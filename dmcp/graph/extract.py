@@ -60,7 +60,8 @@ def _subsets(graph: ChannelGraph, kept: Mapping[str, Tensor | Sequence[int]]) ->
         index = torch.as_tensor(indices)
         check_widths(graph.units, {name: len(index.unique())})
         unit = graph.units[numbers[name]]
-        if index.is_floating_point() or not ((index >= 0) & (index < unit.channels)).all():
+        is_integer = not index.is_floating_point() and index.dtype != torch.bool
+        if not (is_integer and ((index >= 0) & (index < unit.channels)).all()):
             raise ConfigError(f"kept[{name!r}]: indices must be integers in 0..{unit.channels - 1}")
         mask = torch.zeros(unit.channels, dtype=torch.bool)
         mask[index] = True

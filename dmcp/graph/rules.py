@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -67,17 +67,13 @@ def rule(*operators: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def _argument(args: Sequence[Any], position: int, default: Any) -> Any:
-    return args[position] if len(args) > position else default
-
-
 def _require_value(value: Any, what: str) -> Value:
     if not isinstance(value, Value):
         raise Unsupported(f"{what} is not computed from the model's inputs")
     return value
 
 
-def _owner(tracer: Tracer, parameter: Any, kind: type[nn.Module]) -> str:
+def _owner(tracer: Tracer, call: Call, parameter: Any, kind: type[nn.Module]) -> str:
     """The module that owns a weight that goes straight into its own operator."""
     if not isinstance(parameter, Parameter):
         raise Unsupported("its weight is computed, not a plain parameter")
@@ -86,32 +82,36 @@ def _owner(tracer: Tracer, parameter: Any, kind: type[nn.Module]) -> str:
         raise Unsupported(
             f"its weight belongs to a {type(module).__name__}, not to a torch.nn.{kind.__name__}"
         )
+    if call.module != parameter.module:
+        raise Unsupported(f"its weight is {parameter.module}.weight, which is used outside its module")
     return parameter.module
 
 
-@rule(aten.conv2d.default)
+@rule(aten.conv2d.default, aten.conv2d.padding)
 def _conv2d(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
-    name = _owner(tracer, args[1], nn.Conv2d)
+    name = _owner(tracer, call, args[1], nn.Conv2d)
     if x.axis != 1 or len(x.shape) != 4:
         raise Unsupported(f"its input has shape {x.shape} with channels on dimension {x.axis}")
     conv = tracer.module(name)
     assert isinstance(conv, nn.Conv2d)
-    if conv.groups == 1:
-        out, kind = tracer.slots_of(name, "out", conv.out_channels), "dense"
+    kind: Literal["dense", "depthwise"] = "dense" if conv.groups == 1 else "depthwise"
+    if kind == "dense":
+        out = tracer.slots_of(name, "out", conv.out_channels)
     elif conv.groups == conv.in_channels:
-        out, kind = np.repeat(x.slots, conv.out_channels // conv.in_channels), "depthwise"
+        out = np.repeat(x.slots, conv.out_channels // conv.in_channels)
     else:
         raise Unsupported(f"grouped convolution (groups={conv.groups}) is not supported")
     kernel, positions = prod(conv.kernel_size), prod(call.shape[2:])
     tracer.visit_layer(name, kind, x.slots, out, kernel, positions)
-    return tracer.emit(call, kind, [x], 1, out, module=name)
+    homogeneous = kind == "dense" or conv.bias is None
+    return tracer.emit(call, kind, [x], 1, out, module=name, homogeneous=homogeneous)
 
 
 @rule(aten.linear.default)
 def _linear(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
-    name = _owner(tracer, args[1], nn.Linear)
+    name = _owner(tracer, call, args[1], nn.Linear)
     if x.axis != len(x.shape) - 1:
         raise Unsupported(f"it mixes dimension {len(x.shape) - 1}, channels lie on {x.axis}")
     layer = tracer.module(name)
@@ -130,6 +130,8 @@ def _batch_norm(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     name = owners.pop()
     if not isinstance(tracer.module(name), nn.BatchNorm2d):
         raise Unsupported(f"{type(tracer.module(name)).__name__} is not supported")
+    if x.axis != 1 or call.module != name:
+        raise Unsupported("it works on other channels than those of its own module")
     tracer.visit_norm(name, x.slots)
     return tracer.emit(call, "norm", [x], x.axis, x.slots, module=name)
 
@@ -146,6 +148,7 @@ def _homogeneous_activation(tracer: Tracer, call: Call, args: Sequence[Any]) -> 
 
 @rule(
     aten.relu6.default,
+    aten.relu6_.default,
     aten.silu.default,
     aten.silu_.default,
     aten.hardswish.default,
@@ -164,7 +167,7 @@ def _activation(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
 
 @rule(aten.hardtanh.default, aten.hardtanh_.default)
 def _hardtanh(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
-    low, high = _argument(args, 1, -1.0), _argument(args, 2, 1.0)
+    _, low, high = args
     if not low <= 0 <= high:
         raise Unsupported(f"clamping to [{low}, {high}] does not keep zero at zero")
     return _elementwise(tracer, call, args, homogeneous=False)
@@ -173,7 +176,13 @@ def _hardtanh(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
 def _elementwise(tracer: Tracer, call: Call, args: Sequence[Any], *, homogeneous: bool) -> Value:
     x = _require_value(args[0], "the input")
     return tracer.emit(
-        call, "activation", [x], x.axis, x.slots, module=call.leaf, homogeneous=homogeneous
+        call,
+        "activation",
+        [x],
+        x.axis,
+        x.slots,
+        module=call.module if call.alone else None,
+        homogeneous=homogeneous,
     )
 
 
@@ -195,7 +204,6 @@ def _identity(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
-    aten.adaptive_max_pool2d.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
 )
@@ -212,8 +220,7 @@ def _mean(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     dims = {dim % len(x.shape) for dim in args[1]}
     if x.axis in dims or 0 in dims:
         raise Unsupported(f"a mean over dimensions {sorted(dims)} mixes channels or images")
-    keepdim = _argument(args, 2, False)
-    axis = x.axis if keepdim else x.axis - sum(dim < x.axis for dim in dims)
+    axis = x.axis if args[2] else x.axis - sum(dim < x.axis for dim in dims)
     return tracer.emit(call, "linear_map", [x], axis, x.slots)
 
 
@@ -285,7 +292,7 @@ def _join(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
 @rule(aten.cat.default)
 def _cat(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     parts = [_require_value(part, "an operand") for part in args[0]]
-    dim = _argument(args, 1, 0) % len(call.shape)
+    dim = args[1] % len(call.shape)
     if any(part.axis != parts[0].axis for part in parts):
         raise Unsupported("its operands hold channels on different dimensions")
     if dim == parts[0].axis:

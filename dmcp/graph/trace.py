@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -53,14 +54,17 @@ class Call:
     Attributes:
         operator: the ATen operator.
         shape: shape of its output.
-        where: qualified name and class of the module whose forward made the call, for messages.
-        leaf: qualified name of that module if it has no children (an activation module).
+        module: qualified name of the module whose forward made the call.
+        where: that name and the module's class, for messages.
+        alone: whether that module holds nothing else, and makes no other call (an activation
+            module that is used once).
     """
 
     operator: Any
     shape: tuple[int, ...]
+    module: str
     where: str
-    leaf: str | None
+    alone: bool
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Tracer:
     visits: dict[str, _Visit] = field(default_factory=dict)
     layers: list[LayerCall] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    sources: list[Slots] = field(default_factory=list)
     results: list[Slots] = field(default_factory=list)
 
     def module(self, name: str) -> nn.Module:
@@ -125,18 +130,19 @@ class Tracer:
 
     def run(self, program: torch.export.ExportedProgram) -> None:
         values = _placeholders(self, program)
+        calls = Counter(_calling_module(node) for node in program.graph.nodes)
         for node in program.graph.nodes:
             if node.op == "call_function":
-                values[node] = self._call(node, values)
+                call = _describe(node, self.model, calls)
+                values[node] = self._call(call, node, values)
             elif node.op == "output":
                 self._finish(node, values)
 
-    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Value:
-        call = _describe(node, self.model)
+    def _call(self, call: Call, node: fx.Node, values: dict[fx.Node, Any]) -> Value:
         function = RULES.get(node.target)
         if function is None:
             raise TraceError(f"{call.where}: operator {node.target} is not supported")
-        args = fx.map_arg([*node.args, *node.kwargs.values()], values.__getitem__)
+        args = fx.map_arg(_all_arguments(node), values.__getitem__)
         try:
             return function(self, call, args)
         except Unsupported as reason:
@@ -161,9 +167,12 @@ class Tracer:
             )
             for name, visit in self.visits.items()
         }
-        at_output = {int(unit_of[label]) for slots in self.results for label in classes[slots]}
+        reasons = {}
+        for ends, reason in ((self.sources, "inputs"), (self.results, "outputs")):
+            for number in {int(unit_of[label]) for slots in ends for label in classes[slots]}:
+                reasons[number] = f"its channels are the model's {reason}"
         units = tuple(
-            _unit(number, name, maps, number in at_output) for number, name in enumerate(names)
+            _unit(number, name, maps, reasons.get(number, "")) for number, name in enumerate(names)
         )
         return ChannelGraph(self.model, units, maps, tuple(self.layers), tuple(self.nodes))
 
@@ -186,16 +195,17 @@ def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
 
 def _refuse_tied_parameters(model: nn.Module) -> None:
     owner: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = owner.setdefault(id(parameter), name)
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in chain(parameters, model.named_buffers(remove_duplicate=False)):
+        first = owner.setdefault(id(tensor), name)
         if first != name:
             raise TraceError(f"{name}: the parameter is tied to {first}, which is not supported")
 
 
 def _refuse_unvisited_parameters(model: nn.Module, tracer: Tracer) -> None:
     for name, _ in model.named_parameters():
-        module = name.rpartition(".")[0]
-        if module not in tracer.visits:
+        module, _, key = name.rpartition(".")
+        if module not in tracer.visits or key not in ("weight", "bias"):
             kind = type(model.get_submodule(module)).__name__
             raise TraceError(
                 f"{module or 'the model itself'} ({kind}): parameter {name} takes no part in the "
@@ -216,21 +226,32 @@ def _placeholders(tracer: Tracer, program: torch.export.ExportedProgram) -> dict
                 raise TraceError(f"input {node.name}: shape {shape} has no channel dimension")
             tracer.nodes.append(Node("input", None, ()))
             slots = tracer.table.new(shape[1])
+            tracer.sources.append(slots)
             values[node] = Value(shape, 1, slots, len(tracer.nodes) - 1)
         else:
             values[node] = None
     return values
 
 
-def _describe(node: fx.Node, model: nn.Module) -> Call:
+def _calling_module(node: fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    name = stack[-1][0] if stack else ""
+    return str(stack[-1][0]) if stack else ""
+
+
+def _describe(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Call:
+    name = _calling_module(node)
     module = model.get_submodule(name)
     where = f"{name or 'the model itself'} ({type(module).__name__})"
-    leaf = name if name and not list(module.children()) else None
+    alone = name != "" and not list(module.children()) and calls[name] == 1
     value = node.meta.get("val")
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-    return Call(node.target, shape, where, leaf)
+    return Call(node.target, shape, name, where, alone)
+
+
+def _all_arguments(node: fx.Node) -> list[Any]:
+    """Every argument of the operator in the order of its schema, defaults filled in."""
+    rest = node.target._schema.arguments[len(node.args) :]  # type: ignore[union-attr]
+    return [*node.args, *(node.kwargs.get(arg.name, arg.default_value) for arg in rest)]
 
 
 def _partition(tracer: Tracer, classes: Slots) -> tuple[Slots, Slots, list[str]]:
@@ -247,7 +268,7 @@ def _partition(tracer: Tracer, classes: Slots) -> tuple[Slots, Slots, list[str]]
     producer: dict[int, str] = {}
     axes = [(name, visit.inputs, False) for name, visit in tracer.visits.items()]
     axes += [(name, visit.outputs, visit.kind == "dense") for name, visit in tracer.visits.items()]
-    axes += [("", slots, False) for slots in tracer.results]
+    axes += [("", slots, False) for slots in (*tracer.sources, *tracer.results)]
     for number, (name, slots, produces) in enumerate(axes):
         labels, counts = np.unique(classes[slots], return_counts=True)
         for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
@@ -285,22 +306,18 @@ def _axis_map(labels: Slots, unit_of: Slots, index_of: Slots) -> AxisMap:
     return AxisMap(torch.from_numpy(unit_of[labels]), torch.from_numpy(index_of[labels]))
 
 
-def _unit(
-    number: int, name: str, maps: dict[str, ModuleAxes], at_output: bool
-) -> ChannelUnit:
+def _unit(number: int, name: str, maps: dict[str, ModuleAxes], reason: str) -> ChannelUnit:
     members = []
     for module, axes in maps.items():
-        for role, axis in (("in", axes.inputs), ("out", axes.outputs)):
-            if role == "in" and axes.kind != "dense":
-                continue
-            channels = _member_channels(axis, number)
-            if channels is not None:
-                members.append(Member(module, role, channels))
-    size = max(int(maps[m.module].outputs.index[maps[m.module].outputs.unit == number].max()) + 1
-               for m in members if m.role == "out")
-    reason = "its channels are the model's outputs" if at_output else ""
-    choices = (size,) if at_output else tuple(range(1, size + 1))
-    return ChannelUnit(name, size, choices, not at_output, reason, tuple(members))
+        inputs = _member_channels(axes.inputs, number) if axes.kind == "dense" else None
+        outputs = _member_channels(axes.outputs, number)
+        if inputs is not None:
+            members.append(Member(module, "in", inputs))
+        if outputs is not None:
+            members.append(Member(module, "out", outputs))
+    size = len(members[0].channels)
+    choices = (size,) if reason else tuple(range(1, size + 1))
+    return ChannelUnit(name, size, choices, not reason, reason, tuple(members))
 
 
 def _member_channels(axis: AxisMap, number: int) -> Tensor | None:

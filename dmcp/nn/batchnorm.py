@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmcp.nn.axis import Axis, scale_channels, select
 from dmcp.nn.chain import MarkovChain
+from dmcp.train.distributed import World, synchronised_batch_norm, synchronised_forward
+
+_ALONE = World.single()
 
 
 class MarkovBatchNorm2d(nn.BatchNorm2d):
@@ -22,6 +24,10 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``nn.BatchNorm2d``.
         chain: what the channels follow.
         masks: whether this module applies the mask.
+
+    Attributes:
+        sync_world: the processes whose batch statistics are joined in training, None for this one's
+            alone; `dmcp.train.synchronise_batch_norm` sets it.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.masks = masks
+        self.sync_world: World | None = None
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None] = (chain,)
 
@@ -47,18 +54,20 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         keep = axis.keep() if axis is not None else None
         mask = axis.mask if axis is not None and self.masks else None
         if keep is None and mask is None:
+            if self.sync_world is not None:
+                return synchronised_forward(self, x, self.sync_world)
             return super().forward(x)
-        weight, bias = self._affine(keep, mask)
-        use_batch = self.training or self.running_mean is None
-        y = F.batch_norm(
+        mean = None if self.training else self.running_mean
+        var = None if self.training else self.running_var
+        y = synchronised_batch_norm(
             x,
-            None if use_batch else select(self.running_mean, 0, keep),
-            None if use_batch else select(self.running_var, 0, keep),
-            weight,
-            bias,
-            training=use_batch,
+            *self._affine(keep, mask),
+            None if mean is None else select(mean, 0, keep),
+            None if var is None else select(var, 0, keep),
+            training=mean is None,
             momentum=0.0,
             eps=self.eps,
+            world=self.sync_world or _ALONE,
         )
         return y if self.affine else scale_channels(y, mask, keep, 1)
 
@@ -67,7 +76,8 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     ) -> tuple[Tensor | None, Tensor | None]:
         if not self.affine:
             return None, None
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if mask is not None:
             weight, bias = weight * mask, bias * mask
         return select(weight, 0, keep), select(bias, 0, keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dmcp.cost import Cost, cost
 from dmcp.errors import BudgetError
 from dmcp.graph import ChannelGraph
 
-_SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Targets:
     costs: tuple[Cost, ...]
     bounds: tuple[int, ...]
 
+    def by_metric(self) -> dict[str, int]:
+        """Metric -> bound."""
+        return {c.metric: bound for c, bound in zip(self.costs, self.bounds, strict=True)}
+
     def ratios(self, moments: Tensor) -> Tensor:
         """Expected cost over bound: [B], differentiable in the moments [U, >= 2]."""
         means = [cost.mean(moments) for cost in self.costs]
@@ -106,21 +111,21 @@ def _parse(metric: str, bound: str | float, full: int) -> int:
     if isinstance(bound, str):
         match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMG%]?)\s*", bound)
         try:
-            value = float(match[1]) if match else None
+            value = Fraction(match[1]) if match else None
         except ValueError:
             value = None
         if match and value is not None:
-            scale = full / 100 if match[2] == "%" else _SUFFIXES[match[2]]
+            scale = Fraction(full, 100) if match[2] == "%" else _SUFFIXES[match[2]]
             return _positive(metric, bound, value * scale)
     elif isinstance(bound, int | float) and not isinstance(bound, bool):
-        return _positive(metric, bound, float(bound))
+        return _positive(metric, bound, bound)
     raise BudgetError(
         f"budget {metric} must be a number, or a string such as '210M', '1.1G' or '50%'; "
         f"got {bound!r}"
     )
 
 
-def _positive(metric: str, bound: str | float, value: float) -> int:
+def _positive(metric: str, bound: str | float, value: float | Fraction) -> int:
     if not 0 < value < float("inf"):
         raise BudgetError(f"budget {metric} must be positive and finite, got {bound!r}")
     return int(value)

@@ -78,7 +78,6 @@ class MarkovNet(nn.Module):
         if not len(self.chains):
             raise TraceError(f"{type(model).__name__} has no unit whose width could be searched")
         self._layout = ChainLayout.of([unit.choices for unit in units]).to(first.device)
-        self._device = first.device
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
         self._install()
@@ -128,7 +127,7 @@ class MarkovNet(nn.Module):
 
     def retain(self) -> Tensor:
         """q of all chains, concatenated in the order of the units: [T], differentiable."""
-        return retain(torch.cat(self.architecture_parameters()), self._layout.offsets)
+        return retain(torch.cat([*self.architecture_parameters()]), self._layout.offsets)
 
     def width_moments(self, orders: int = 2) -> Tensor:
         """E[c], E[c²], … of every unit of ``graph.units``: float64 [U, orders], differentiable."""
@@ -213,10 +212,21 @@ def _on_grid(unit: ChannelUnit, groups: int, divisor: int, min_width: int) -> Ch
     return replace(unit, choices=choices)
 
 
+_REPLACED = (nn.BatchNorm2d, nn.Conv2d, nn.Linear)
+
+
 def _follower(
     module: nn.Module, inputs: Axis | None, outputs: Axis | None, *, masks: bool
 ) -> nn.Module:
-    """The module that computes what ``module`` does, on the same tensors, and follows the axes."""
+    """The module that computes what ``module`` does, on the same tensors, and follows the axes.
+
+    Raises:
+        TraceError: its class has a forward of its own, which would be lost.
+    """
+    if not any(type(module).forward is kind.forward for kind in _REPLACED):
+        raise TraceError(
+            f"{type(module).__name__} cannot follow a Markov chain: it has a forward of its own"
+        )
     follower: MarkovBatchNorm2d | MarkovConv2d | MarkovLinear
     if isinstance(module, nn.BatchNorm2d):
         follower = MarkovBatchNorm2d(
@@ -238,7 +248,7 @@ def _follower(
             module.dilation,  # type: ignore[arg-type]
             module.groups,
             module.bias is not None,
-            module.padding_mode,  # type: ignore[arg-type]
+            module.padding_mode,
             device="meta",
             chain=None,
         )

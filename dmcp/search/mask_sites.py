@@ -33,9 +33,10 @@ def mask_sites(nodes: Sequence[Node]) -> dict[str, str]:
     must be scaled exactly once. A mask in front of a norm is cancelled by it, so it moves past
     norms and past the depthwise convolutions that lead to them; it comes after an activation that
     does not commute with it (ReLU6), as retaining a channel with probability q scales its
-    *activation* by q, unless that activation has no module of its own to attach to.
+    *activation* by q, unless that activation has no module of its own to attach to. The bias of a
+    depthwise convolution that reads scaled values is not scaled yet, so its output is masked too.
     """
-    calls = Counter(node.module for node in nodes if node.kind == "activation")
+    calls = Counter(node.module for node in nodes)
     committed: dict[str, str] = {}
     while True:
         found = _walk(nodes, calls, committed)
@@ -47,29 +48,37 @@ def mask_sites(nodes: Sequence[Node]) -> dict[str, str]:
 def _walk(
     nodes: Sequence[Node], calls: Counter[str | None], committed: dict[str, str]
 ) -> dict[str, str]:
-    """One pass in execution order; committing a site changes what its other readers see, so the
-    caller repeats it until nothing is added."""
-    found = dict(committed)
+    """One pass in execution order. Whether a value is scaled at its site depends on all of its
+    readers, so the caller repeats the pass with what the last one found; as a site depends on
+    earlier ones only, this settles."""
+    found: dict[str, str] = {}
     states: list[_State] = []
-
-    def pending(site: str, owner: str) -> _State:
-        return None if site in committed else _Pending(site, owner)
-
     for node in nodes:
         inputs = [states[number] for number in node.inputs]
-        first = inputs[0] if inputs else None
-        state: _State = None
-        if node.kind in ("dense", "join"):
-            found.update({p.site: p.owner for p in inputs if p is not None})
-        if node.kind in ("dense", "norm") or (node.kind == "depthwise" and first is not None):
-            assert node.module is not None
-            state = pending(node.module, node.module)
-        elif node.kind == "linear_map" or (node.kind == "activation" and node.homogeneous):
-            state = first
-        elif node.kind == "activation" and first is not None:
-            if node.module is not None and calls[node.module] == 1:
-                state = pending(node.module, first.owner)
-            else:
-                found[first.site] = first.owner
-        states.append(state)
+        once = node.module is not None and calls[node.module] == 1
+        if node.kind == "linear_map" or (node.kind == "activation" and node.homogeneous):
+            states.append(inputs[0])
+        elif node.kind in ("depthwise", "activation") and once:
+            states.append(_moved(node, inputs[0], committed))
+        else:
+            if node.kind != "norm":
+                found.update({value.site: value.owner for value in inputs if value is not None})
+            states.append(_produced(node))
     return found
+
+
+def _produced(node: Node) -> _State:
+    """The value that a dense layer or a norm makes; those of other nodes are scaled already."""
+    if node.kind not in ("dense", "norm"):
+        return None
+    assert node.module is not None
+    return _Pending(node.module, node.module)
+
+
+def _moved(node: Node, value: _State, committed: dict[str, str]) -> _State:
+    """The value behind a depthwise convolution or an activation that a mask may move past."""
+    assert node.module is not None
+    unscaled = value if value is not None and value.site not in committed else None
+    if node.kind == "activation":
+        return None if unscaled is None else _Pending(node.module, unscaled.owner)
+    return None if unscaled is None and node.homogeneous else _Pending(node.module, node.module)

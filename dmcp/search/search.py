@@ -80,7 +80,7 @@ class Search:
     @property
     def warmup_steps(self) -> int:
         """Steps before the first architecture step."""
-        return round(self.options.warmup * self.steps)
+        return min(round(self.options.warmup * self.steps), self.steps - 1)
 
     def step(
         self,

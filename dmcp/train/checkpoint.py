@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -27,12 +28,19 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     _check_plain(state, "state")
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file: a kill at any moment leaves the old one or the new one, whole."""
     # In the same folder, because a rename is atomic only inside one file system; and under one
     # name, so that the leftover of a kill is overwritten by the next save.
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save(state, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

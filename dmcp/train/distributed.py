@@ -187,23 +187,29 @@ class _SynchronisedForward(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        tracks = self.track_running_stats
-        if self.training and tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1 / int(self.num_batches_tracked)
-        return synchronised_batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            self.running_mean if tracks or not self.training else None,
-            self.running_var if tracks or not self.training else None,
-            self.training or self.running_mean is None,
-            momentum,
-            self.eps,
-            self.world,
-        )
+        return synchronised_forward(self, input, self.world)
+
+
+def synchronised_forward(norm: _BatchNorm, x: Tensor, world: World) -> Tensor:
+    """What ``norm(x)`` computes, running statistics included, with the batch statistics of all
+    processes."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    tracks = norm.track_running_stats
+    if norm.training and tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1 / int(norm.num_batches_tracked)
+    return synchronised_batch_norm(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean if tracks or not norm.training else None,
+        norm.running_var if tracks or not norm.training else None,
+        norm.training or norm.running_mean is None,
+        momentum,
+        norm.eps,
+        world,
+    )
 
 
 class SyncBatchNorm1d(_SynchronisedForward, nn.BatchNorm1d):

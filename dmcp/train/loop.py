@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +28,10 @@ class Stage(Protocol):
     steps: int
     step_index: int
 
-    def step(self, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
-        """One update; 0-d detached metrics on the device."""
+    @property
+    def step(self) -> Callable[..., Mapping[str, Tensor]]:
+        """One update from what the stream gives, usually images and labels; returns 0-d detached
+        metrics on the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on."""
@@ -39,7 +42,7 @@ class Stage(Protocol):
 
 def run(
     stage: Stage,
-    stream_from: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    stream_from: Callable[[int], Iterable[tuple[Tensor, ...]]],
     *,
     phase: str,
     checkpoint: Path | None = None,
@@ -48,7 +51,7 @@ def run(
     recorder: Recorder | None = None,
     on_step: Callable[[int], None] | None = None,
     world: World | None = None,
-) -> None:
+) -> float:
     """Run ``stage`` to its last step, from ``checkpoint`` if that file exists.
 
     A run that was killed at any moment and started again gives the same bits as one that was
@@ -70,6 +73,9 @@ def run(
             read from the device.
         world: the processes of the run.
 
+    Returns:
+        Seconds spent on the stage, over all restarts up to the checkpoints they resumed from.
+
     Raises:
         ConfigError: ``checkpoint_every`` or ``log_every`` is not positive.
         CheckpointError: the checkpoint is corrupt or of something else.
@@ -81,8 +87,9 @@ def run(
         if every < 1:
             raise ConfigError(f"{name} must be positive, got {every}")
     world = world or World.single()
+    seconds = 0.0
     if checkpoint is not None:
-        _resume(stage, phase, checkpoint, world)
+        seconds = _resume(stage, phase, checkpoint, world)
     if not world.is_main:
         recorder = None
     if recorder is not None:
@@ -90,8 +97,9 @@ def run(
     if on_step is not None:
         on_step(stage.step_index)
     if stage.step_index >= stage.steps:
-        return
+        return seconds
 
+    begun = time.perf_counter() - seconds
     stream = iter(stream_from(stage.step_index))
     while stage.step_index < stage.steps:
         batch = next(stream, None)
@@ -112,8 +120,9 @@ def run(
             recorder.record(phase, step, values)
         # After the record: a kill between the two repeats the record, and loses none.
         if saves and checkpoint is not None:
-            _save(stage, phase, checkpoint, world)
+            _save(stage, phase, checkpoint, world, time.perf_counter() - begun)
     barrier(world)
+    return time.perf_counter() - begun
 
 
 def _read_back(metrics: Mapping[str, Tensor], world: World) -> dict[str, float]:
@@ -132,7 +141,7 @@ def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
             )
 
 
-def _save(stage: Stage, phase: str, path: Path, world: World) -> None:
+def _save(stage: Stage, phase: str, path: Path, world: World, seconds: float) -> None:
     rng = _gather_rng(world)
     if world.is_main:
         state = {
@@ -140,14 +149,17 @@ def _save(stage: Stage, phase: str, path: Path, world: World) -> None:
             "stage": type(stage).__name__,
             "state": stage.state_dict(),
             "rng": rng,
+            "seconds": seconds,
         }
         checkpoint_file.save(path, state)
 
 
-def _resume(stage: Stage, phase: str, path: Path, world: World) -> None:
+def _resume(stage: Stage, phase: str, path: Path, world: World) -> float:
+    """Load ``path`` if it exists; returns the seconds the stage has taken."""
+    seconds = 0.0
     if path.exists():
         saved = checkpoint_file.load(path)
-        if not {"phase", "stage", "state", "rng"} <= saved.keys():
+        if not {"phase", "stage", "state", "rng", "seconds"} <= saved.keys():
             raise CheckpointError(f"{path} is not the checkpoint of a run")
         held, wanted = (saved["phase"], saved["stage"]), (phase, type(stage).__name__)
         if held != wanted:
@@ -159,10 +171,12 @@ def _resume(stage: Stage, phase: str, path: Path, world: World) -> None:
         except CheckpointError as error:
             raise CheckpointError(f"cannot resume from {path}: {error}") from error
         _restore_rng(saved["rng"], world)
+        seconds = float(saved["seconds"])
     step = torch.tensor(stage.step_index, device=world.device)
     found = all_gather(step, world).tolist()
     if len(set(found)) > 1:
         raise CheckpointError(f"the processes see different checkpoints at {path}: steps {found}")
+    return seconds
 
 
 def _gather_rng(world: World) -> dict[str, Tensor]:
@@ -177,6 +191,7 @@ def _restore_rng(states: Mapping[str, Tensor], world: World) -> None:
     """Set this process's global generators; those that the saving run had none for are left."""
     if world.rank >= len(states["cpu"]):
         return
-    torch.set_rng_state(states["cpu"][world.rank])
+    # Clones, because torch reads a state from the start of its storage, whatever the view.
+    torch.set_rng_state(states["cpu"][world.rank].clone())
     if world.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][world.rank], world.device)
+        torch.cuda.set_rng_state(states["cuda"][world.rank].clone(), world.device)

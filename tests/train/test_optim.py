@@ -97,9 +97,7 @@ def test_works_without_momentum():
     assert model.weight.item() == pytest.approx(before - 0.5)
 
 
-@pytest.mark.parametrize(
-    "options", [{"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1.0}]
-)
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1.0}])
 def test_sgd_refuses_numbers_out_of_range(options: dict[str, float]):
     with pytest.raises(ConfigError, match=next(iter(options))):
         sgd(nn.Linear(1, 1), Schedule(0.1), **options)

@@ -66,9 +66,7 @@ def test_continues_with_the_same_bits(small_net, batch_of, tmp_path):
     other = Training(small_net(seed=1), OPTIONS, steps=6)
     other.load_state_dict(checkpoint.load(tmp_path / "a.pt"))
     for step in range(3, 6):
-        assert torch.equal(
-            stage.step(*batch_of(step))["loss"], other.step(*batch_of(step))["loss"]
-        )
+        assert torch.equal(stage.step(*batch_of(step))["loss"], other.step(*batch_of(step))["loss"])
     for ours, theirs in zip(
         stage.model.state_dict().values(), other.model.state_dict().values(), strict=True
     ):

@@ -1,0 +1,316 @@
+"""Small networks, each with one construct, and what the tests of several packages do to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dmcp.models import build
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class Example:
+    """A network and one batch of its inputs."""
+
+    model: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+
+    def to(self, dtype):
+        inputs = tuple(x.to(dtype) for x in self.inputs)
+        return Example(copy.deepcopy(self.model).to(dtype), inputs)
+
+
+class Head(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
+
+
+def conv_bn(inputs, outputs, kernel=3, **options):
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **options)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = conv_bn(3, 8)
+        self.first, self.second = conv_bn(8, 6), conv_bn(6, 8)
+        self.down, self.skip = conv_bn(8, 12, stride=2), conv_bn(8, 12, 1, stride=2)
+        self.head = Head(12)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.second(F.relu(self.first(x))))
+        return self.head(F.relu(self.down(x) + self.skip(x)))
+
+
+class Depthwise(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            conv_bn(3, 8),
+            nn.ReLU6(),
+            conv_bn(8, 8, groups=8),
+            nn.ReLU6(),
+            conv_bn(8, 10, 1),
+            Head(10),
+        )
+
+
+class DepthwiseMultiplier(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            conv_bn(3, 6), nn.ReLU(), conv_bn(6, 18, groups=6), nn.ReLU(), conv_bn(18, 7, 1), Head(7)
+        )
+
+
+class BiasedDepthwise(nn.Module):
+    """The depthwise convolution reads values that are scaled already, and adds a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = conv_bn(3, 8), conv_bn(8, 8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mix, self.head = conv_bn(8, 6, 1), Head(6)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = x + self.branch(x)
+        return self.head(self.mix(F.relu(self.depthwise(x))))
+
+
+class Concat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = conv_bn(3, 8), conv_bn(8, 6), conv_bn(8, 4)
+        self.last, self.head = conv_bn(8 + 6 + 4 + 3, 9), Head(9)
+
+    def forward(self, x):
+        stem = F.relu(self.stem(x))
+        parts = [F.relu(self.right(stem)), stem, self.left(stem), x]
+        return self.head(F.relu(self.last(torch.cat(parts, dim=1))))
+
+
+class Interleaved(nn.Module):
+    """Every channel of the two convolutions carries every second one of their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.last = conv_bn(3, 8), conv_bn(3, 4), conv_bn(12, 6)
+        self.head = Head(6)
+
+    def forward(self, x):
+        left, right = self.left(x), self.right(x)
+        both = torch.cat([left, right], 1) + torch.cat([right, left], 1)
+        return self.head(F.relu(self.last(both)))
+
+
+class WithoutNorm(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3, stride=2),
+            nn.LeakyReLU(0.1),
+            nn.MaxPool2d(2),
+            Head(6),
+        )
+
+
+class FlattenedMap(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            conv_bn(3, 6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, 10),
+            nn.ReLU(),
+            nn.Dropout(0.0),
+            nn.Linear(10, 5),
+        )
+
+
+class FunctionalReLU6(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = conv_bn(3, 8), conv_bn(8, 6), Head(6)
+
+    def forward(self, x):
+        x = F.relu6(self.second(F.relu6(self.first(x))), inplace=True)
+        return self.head(F.interpolate(x, scale_factor=2))
+
+
+class SharedActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = conv_bn(3, 8), conv_bn(8, 6), Head(6)
+        self.act = nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        return self.head(self.act(self.second(self.act(self.first(x)))))
+
+
+class ReadTwice(nn.Module):
+    """A value that is read before and after an activation which does not commute with a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act = conv_bn(3, 8), nn.SiLU()
+        self.left, self.right, self.head = conv_bn(8, 6), conv_bn(8, 6), Head(6)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head(F.relu(self.left(x) + self.right(self.act(x))))
+
+
+class PreActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1, bias=False)
+        self.norm3, self.head = nn.BatchNorm2d(8), Head(8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return self.head(F.relu(self.norm3(x)))
+
+
+class BothEnds(nn.Module):
+    """A convolution whose input and output are the same unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.head = conv_bn(3, 8), conv_bn(8, 8), Head(8)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.head(x + self.conv(x))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.last = conv_bn(3, 8), conv_bn(8, 8), conv_bn(8, 6)
+        self.head = Head(6)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.max_pool2d(F.relu(self.block(x)), 2)
+        return self.head(F.relu(self.last(F.relu(self.block(x)))))
+
+
+class SeveralInputs(nn.Module):
+    """Two inputs, and features among the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = conv_bn(3, 8), conv_bn(2, 8)
+        self.middle, self.last, self.head = conv_bn(8, 6), conv_bn(6, 7), Head(7)
+
+    def forward(self, x, y):
+        x = F.relu(self.left(x) + self.right(y))
+        features = self.last(F.relu(self.middle(x)))
+        return self.head(F.relu(features)), features
+
+
+SMALL = {
+    kind.__name__: kind
+    for kind in (
+        Residual,
+        Depthwise,
+        DepthwiseMultiplier,
+        BiasedDepthwise,
+        Concat,
+        Interleaved,
+        WithoutNorm,
+        FlattenedMap,
+        FunctionalReLU6,
+        SharedActivation,
+        ReadTwice,
+        PreActivation,
+        BothEnds,
+        CalledTwice,
+        SeveralInputs,
+    )
+}
+
+
+def shake(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random biases, affine parameters and running statistics: none is 0 or 1 by luck."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.running_mean.normal_(0, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+            if getattr(module, "bias", None) is not None:
+                module.bias.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def make_example(name: str) -> Example:
+    torch.manual_seed(3)
+    if name not in SMALL:
+        model = build(name, num_classes=5, width=0.25, small_images=True)
+        return Example(shake(model), (torch.randn(2, 3, 16, 16),))
+    inputs = [torch.randn(2, 3, 8, 8)]
+    if name == "SeveralInputs":
+        inputs.append(torch.randn(2, 2, 8, 8))
+    return Example(shake(SMALL[name]()), tuple(inputs))
+
+
+@pytest.fixture
+def example() -> Callable[[str], Example]:
+    """An example network by its name."""
+    return make_example
+
+
+@pytest.fixture(params=list(SMALL))
+def small(request) -> Example:
+    """Every small network in turn."""
+    return make_example(request.param)
+
+
+@pytest.fixture(params=["mobilenet_v2", "resnet18", "resnet50"])
+def large(request) -> Example:
+    """Every network of the paper in turn, a quarter as wide."""
+    return make_example(request.param)
+
+
+@pytest.fixture(params=[*SMALL, "mobilenet_v2", "resnet18"])
+def network(request) -> Example:
+    """Every small network, MobileNetV2 and ResNet-18 in turn."""
+    return make_example(request.param)
+
+
+@pytest.fixture
+def random_widths():
+    """A random structure of a graph, on its units' choices."""
+
+    def draw(graph, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            unit.name: unit.choices[
+                int(torch.randint(len(unit.choices), (), generator=generator))
+            ]
+            for unit in graph.units
+        }
+
+    return draw
+
+
+@pytest.fixture
+def tensors():
+    """The tensors of a network's outputs, as a tuple."""
+    return lambda outputs: outputs if isinstance(outputs, tuple) else (outputs,)
