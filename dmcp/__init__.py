@@ -1,6 +1,46 @@
 """Differentiable Markov Channel Pruning: search how many channels each layer of a CNN keeps."""
 
-from dmcp.cost import cost
-from dmcp.graph import ChannelGraph, ChannelUnit, Member, extract, trace
+from importlib.metadata import version
 
-__version__ = "0.1.0"
+from dmcp.backends import backends
+from dmcp.cost import Cost, cost
+from dmcp.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    DmcpError,
+    SamplingError,
+    TraceError,
+)
+from dmcp.graph import ChannelGraph, ChannelUnit, Member, extract, trace
+from dmcp.models import structures
+from dmcp.search import Budget, MarkovNet, Samples, Search, SearchOptions
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "ChannelGraph",
+    "ChannelUnit",
+    "CheckpointError",
+    "ConfigError",
+    "Cost",
+    "DataError",
+    "DivergenceError",
+    "DmcpError",
+    "MarkovNet",
+    "Member",
+    "Samples",
+    "SamplingError",
+    "Search",
+    "SearchOptions",
+    "TraceError",
+    "backends",
+    "cost",
+    "extract",
+    "structures",
+    "trace",
+]
+
+__version__ = version("dmcp")

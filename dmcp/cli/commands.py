@@ -88,7 +88,9 @@ _output_options = _options(
 @click.option("--min-width", type=int, default=1, help="Smallest width.")
 @click.option("--search-epochs", type=int, help="[recipe]")
 @click.option("--retrain-epochs", type=int, help="[recipe]")
-@click.option("--retrain", type=click.Choice(RETRAIN), default="scratch", help="Weights to start from.")
+@click.option(
+    "--retrain", type=click.Choice(RETRAIN), default="scratch", help="Weights to start from."
+)
 @click.option(
     "--arch-data", type=click.Choice(ARCH_DATA), default="train", help="What α is trained on."
 )
@@ -236,9 +238,7 @@ def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
 @contextlib.contextmanager
 def _machine(options: dict[str, Any], *, quiet: bool) -> Iterator[Machine]:
     world = init_from_env(options["device"])
-    machine = Machine(
-        world, options["workers"], options["checkpoint_every"], options["log_every"]
-    )
+    machine = Machine(world, options["workers"], options["checkpoint_every"], options["log_every"])
     try:
         if quiet or not world.is_main:
             yield machine

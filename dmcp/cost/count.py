@@ -79,10 +79,10 @@ def cost(graph: ChannelGraph, metric: str = "macs") -> Cost:
 
     Args:
         graph: what `dmcp.trace` returned.
-        metric: ``"macs"``, multiply–accumulates of convolutions and linear layers per image, without
-            bias, batch norm, activations and pooling, at the image size of the trace; ``"params"``,
-            trainable numbers of the model; ``"memory"``, numbers written by convolutions and linear
-            layers per image (the activations that training keeps for their batch norms).
+        metric: ``"macs"``, multiply–accumulates of convolutions and linear layers per image,
+            without bias, batch norm, activations and pooling, at the image size of the trace;
+            ``"params"``, trainable numbers of the model; ``"memory"``, numbers written by
+            convolutions and linear layers per image (the activations that training keeps).
 
     Raises:
         ConfigError: an unknown metric.

@@ -45,9 +45,7 @@ class ChainLayout:
 
     def to(self, device: torch.device) -> ChainLayout:
         """The same layout on another device."""
-        return ChainLayout(
-            *(getattr(self, name).to(device) for name in self.__dataclass_fields__)
-        )
+        return ChainLayout(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 def width_moments(q: Tensor, layout: ChainLayout, orders: int = 2) -> Tensor:

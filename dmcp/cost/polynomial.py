@@ -88,9 +88,7 @@ class Cost:
         square = quadratic.diagonal()
         variance = m2 - m1**2
         single = (
-            slope**2 * variance
-            + 2 * slope * square * (m3 - m1 * m2)
-            + square**2 * (m4 - m2**2)
+            slope**2 * variance + 2 * slope * square * (m3 - m1 * m2) + square**2 * (m4 - m2**2)
         )
         return single.sum() + variance @ pairs**2 @ variance
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from dmcp.graph.units import AxisMap, ChannelUnit
 
-NodeKind = Literal["input", "dense", "depthwise", "norm", "activation", "linear_map", "join", "output"]
+NodeKind = Literal[
+    "input", "dense", "depthwise", "norm", "activation", "linear_map", "join", "output"
+]
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ def extract(
     *,
     kept: Mapping[str, Tensor | Sequence[int]] | None = None,
 ) -> nn.Module:
-    """The plain network that keeps only some channels, with the current weights of the traced model.
+    """The plain network that keeps only some channels, with the traced model's current weights.
 
-    It equals the traced model with the dropped channels zeroed (output weights, biases, batch norm's
-    weight and bias). Modules keep their names and classes; the result does not need ``dmcp``.
+    It equals the traced model with the dropped channels zeroed (output weights, biases, weights and
+    biases of batch norms). Modules keep their names and classes; the result does not need ``dmcp``.
 
     Args:
         graph: what `dmcp.trace` returned.
@@ -33,8 +33,8 @@ def extract(
         A new module in the training mode of the model; no memory is shared with it.
 
     Raises:
-        ConfigError: both or neither of ``widths`` and ``kept``; unknown units, widths or indices out
-            of range, or a change of an unsearchable unit.
+        ConfigError: both or neither of ``widths`` and ``kept``; unknown units, widths or indices
+            out of range, or a change of an unsearchable unit.
     """
     if (widths is None) == (kept is None):
         raise ConfigError("extract: give either widths or kept")

@@ -2,7 +2,7 @@
 
 A rule gets the tracer, the operator's call and its arguments, in which traced tensors appear as
 `Value` and parameters as `Parameter`, and returns the `Value` of the output. It raises
-`Unsupported` with the reason; the tracer turns that into a `TraceError` naming the module.
+`UnsupportedError` with the reason; the tracer turns that into a `TraceError` naming the module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """An operator, or this use of it, is not understood."""
 
 
@@ -69,21 +69,23 @@ def rule(*operators: Any) -> Callable[[Rule], Rule]:
 
 def _require_value(value: Any, what: str) -> Value:
     if not isinstance(value, Value):
-        raise Unsupported(f"{what} is not computed from the model's inputs")
+        raise UnsupportedError(f"{what} is not computed from the model's inputs")
     return value
 
 
 def _owner(tracer: Tracer, call: Call, parameter: Any, kind: type[nn.Module]) -> str:
     """The module that owns a weight that goes straight into its own operator."""
     if not isinstance(parameter, Parameter):
-        raise Unsupported("its weight is computed, not a plain parameter")
+        raise UnsupportedError("its weight is computed, not a plain parameter")
     module = tracer.module(parameter.module)
     if not isinstance(module, kind) or parameter.name != "weight":
-        raise Unsupported(
+        raise UnsupportedError(
             f"its weight belongs to a {type(module).__name__}, not to a torch.nn.{kind.__name__}"
         )
     if call.module != parameter.module:
-        raise Unsupported(f"its weight is {parameter.module}.weight, which is used outside its module")
+        raise UnsupportedError(
+            f"its weight is {parameter.module}.weight, which is used outside its module"
+        )
     return parameter.module
 
 
@@ -92,7 +94,7 @@ def _conv2d(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
     name = _owner(tracer, call, args[1], nn.Conv2d)
     if x.axis != 1 or len(x.shape) != 4:
-        raise Unsupported(f"its input has shape {x.shape} with channels on dimension {x.axis}")
+        raise UnsupportedError(f"its input has shape {x.shape} with channels on dimension {x.axis}")
     conv = tracer.module(name)
     assert isinstance(conv, nn.Conv2d)
     kind: Literal["dense", "depthwise"] = "dense" if conv.groups == 1 else "depthwise"
@@ -101,7 +103,7 @@ def _conv2d(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     elif conv.groups == conv.in_channels:
         out = np.repeat(x.slots, conv.out_channels // conv.in_channels)
     else:
-        raise Unsupported(f"grouped convolution (groups={conv.groups}) is not supported")
+        raise UnsupportedError(f"grouped convolution (groups={conv.groups}) is not supported")
     kernel, positions = prod(conv.kernel_size), prod(call.shape[2:])
     tracer.visit_layer(name, kind, x.slots, out, kernel, positions)
     homogeneous = kind == "dense" or conv.bias is None
@@ -113,7 +115,7 @@ def _linear(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
     name = _owner(tracer, call, args[1], nn.Linear)
     if x.axis != len(x.shape) - 1:
-        raise Unsupported(f"it mixes dimension {len(x.shape) - 1}, channels lie on {x.axis}")
+        raise UnsupportedError(f"it mixes dimension {len(x.shape) - 1}, channels lie on {x.axis}")
     layer = tracer.module(name)
     assert isinstance(layer, nn.Linear)
     out = tracer.slots_of(name, "out", layer.out_features)
@@ -126,12 +128,12 @@ def _batch_norm(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
     owners = {arg.module for arg in args[1:5] if isinstance(arg, Parameter)}
     if len(owners) != 1 or args[3] is None:
-        raise Unsupported("batch norm without running statistics of its own is not supported")
+        raise UnsupportedError("batch norm without running statistics of its own is not supported")
     name = owners.pop()
     if not isinstance(tracer.module(name), nn.BatchNorm2d):
-        raise Unsupported(f"{type(tracer.module(name)).__name__} is not supported")
+        raise UnsupportedError(f"{type(tracer.module(name)).__name__} is not supported")
     if x.axis != 1 or call.module != name:
-        raise Unsupported("it works on other channels than those of its own module")
+        raise UnsupportedError("it works on other channels than those of its own module")
     tracer.visit_norm(name, x.slots)
     return tracer.emit(call, "norm", [x], x.axis, x.slots, module=name)
 
@@ -169,7 +171,7 @@ def _activation(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
 def _hardtanh(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     _, low, high = args
     if not low <= 0 <= high:
-        raise Unsupported(f"clamping to [{low}, {high}] does not keep zero at zero")
+        raise UnsupportedError(f"clamping to [{low}, {high}] does not keep zero at zero")
     return _elementwise(tracer, call, args, homogeneous=False)
 
 
@@ -210,7 +212,7 @@ def _identity(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
 def _spatial(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
     if x.axis >= len(x.shape) - 2:
-        raise Unsupported(f"it works on dimension {x.axis}, which holds the channels")
+        raise UnsupportedError(f"it works on dimension {x.axis}, which holds the channels")
     return tracer.emit(call, "linear_map", [x], x.axis, x.slots)
 
 
@@ -219,7 +221,7 @@ def _mean(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
     dims = {dim % len(x.shape) for dim in args[1]}
     if x.axis in dims or 0 in dims:
-        raise Unsupported(f"a mean over dimensions {sorted(dims)} mixes channels or images")
+        raise UnsupportedError(f"a mean over dimensions {sorted(dims)} mixes channels or images")
     axis = x.axis if args[2] else x.axis - sum(dim < x.axis for dim in dims)
     return tracer.emit(call, "linear_map", [x], axis, x.slots)
 
@@ -255,7 +257,9 @@ def reshape_slots(x: Value, shape: tuple[int, ...]) -> tuple[int, Slots]:
         view[x.axis - first] = -1
         spread = np.broadcast_to(x.slots.reshape(view), x.shape[first:last])
         return axis, spread.reshape(-1).copy()
-    raise Unsupported(f"reshaping {x.shape} to {shape} splits the channels on dimension {x.axis}")
+    raise UnsupportedError(
+        f"reshaping {x.shape} to {shape} splits the channels on dimension {x.axis}"
+    )
 
 
 def _aligned_runs(
@@ -281,7 +285,7 @@ def _join(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     left, right = _require_value(args[0], "an operand"), _require_value(args[1], "an operand")
     same_place = left.axis - len(left.shape) == right.axis - len(right.shape)
     if not same_place or len(left.slots) != len(right.slots):
-        raise Unsupported(
+        raise UnsupportedError(
             f"operands of shapes {left.shape} and {right.shape} hold different channels"
         )
     tracer.table.equate(left.slots, right.slots)
@@ -294,7 +298,7 @@ def _cat(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     parts = [_require_value(part, "an operand") for part in args[0]]
     dim = args[1] % len(call.shape)
     if any(part.axis != parts[0].axis for part in parts):
-        raise Unsupported("its operands hold channels on different dimensions")
+        raise UnsupportedError("its operands hold channels on different dimensions")
     if dim == parts[0].axis:
         return tracer.emit(call, "join", parts, dim, np.concatenate([p.slots for p in parts]))
     for part in parts[1:]:

@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 
 from dmcp.errors import TraceError
 from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, Node, NodeKind
-from dmcp.graph.rules import RULES, Parameter, Unsupported, Value
+from dmcp.graph.rules import RULES, Parameter, UnsupportedError, Value
 from dmcp.graph.slots import Slots, SlotTable
 from dmcp.graph.units import FIXED, AxisMap, ChannelUnit, Member
 
@@ -145,7 +145,7 @@ class Tracer:
         args = fx.map_arg(_all_arguments(node), values.__getitem__)
         try:
             return function(self, call, args)
-        except Unsupported as reason:
+        except UnsupportedError as reason:
             raise TraceError(f"{call.where}: {node.target}: {reason}") from None
 
     def _finish(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
@@ -281,7 +281,7 @@ def _partition(tracer: Tracer, classes: Slots) -> tuple[Slots, Slots, list[str]]
     numbers: dict[tuple[tuple[int, int], ...], int] = {}
     sizes: list[int] = []
     names: list[str] = []
-    for name, visit in tracer.visits.items():
+    for visit in tracer.visits.values():
         if visit.kind != "dense":
             continue
         for label in classes[visit.outputs].tolist():

@@ -8,33 +8,46 @@ from dmcp.errors import BudgetError
 from dmcp.graph import ChannelGraph
 from dmcp.search import Targets
 
-_HALVINGS = 40
-
 
 def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
-    """The widest structure that keeps the same share of every searchable unit inside the budget.
+    """The widest structure inside the budget that keeps the same share of every searchable unit.
 
-    Widths are rounded to whole channels, not to a grid, so that the structure meets the budget
-    closely; the share is found by bisection.
+    Units grow through their ``choices``, always the one whose share is furthest behind, until the
+    next growth exceeds the budget; then every other unit may still grow once if that fits. Shares
+    are equal but for this rounding: to whole channels in a graph as traced, to the grid in the
+    graph of a `MarkovNet`.
 
     Raises:
-        BudgetError: one channel per unit is too much already.
+        BudgetError: every unit at its smallest choice is too much already.
     """
+    growths = sorted(
+        ((narrower + wider) / (2 * unit.channels), number, wider)
+        for number, unit in enumerate(graph.units)
+        for narrower, wider in zip(unit.choices, unit.choices[1:], strict=False)
+    )
 
-    def structure(share: float) -> dict[str, int]:
-        widths = {u.name: max(1, round(share * u.channels)) for u in graph.searchable}
-        return graph.widths() | widths
+    def grown(count: int) -> list[int]:
+        widths = [unit.choices[0] for unit in graph.units]
+        for _, number, wider in growths[:count]:
+            widths[number] = wider
+        return widths
 
-    def fits(share: float) -> bool:
-        widths = list(structure(share).values())
+    def fits(widths: list[int]) -> bool:
         return bool(targets.met(torch.tensor([widths], dtype=torch.int64)))
 
-    if fits(1.0):
-        return structure(1.0)
-    if not fits(0.0):
-        raise BudgetError("one channel per unit exceeds the budget already")
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return structure(low)
+    if not fits(grown(0)):
+        raise BudgetError("the narrowest structure exceeds the budget already")
+    fitting, exceeding = 0, len(growths) + 1
+    while exceeding - fitting > 1:
+        middle = (fitting + exceeding) // 2
+        if fits(grown(middle)):
+            fitting = middle
+        else:
+            exceeding = middle
+    widths = grown(fitting)
+    tried = set()
+    for _, number, wider in growths[fitting:]:
+        if number not in tried and fits([*widths[:number], wider, *widths[number + 1 :]]):
+            widths[number] = wider
+        tried.add(number)
+    return {unit.name: width for unit, width in zip(graph.units, widths, strict=True)}

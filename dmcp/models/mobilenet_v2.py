@@ -139,9 +139,6 @@ class MobileNetV2(nn.Module):
     def initialise(self) -> None:
         """Draw fresh weights for the widths the network has now: also after pruning."""
         initialise(self)
-        # The paper's classifier is a 1x1 convolution, so it starts as one.
-        nn.init.kaiming_normal_(self.fc.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, in_channels, H, W] to logits [N, num_classes]."""

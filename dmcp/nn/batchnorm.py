@@ -21,7 +21,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     running statistics: those of a sub-network or a masked network are different numbers.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``nn.BatchNorm2d``.
+        num_features … dtype: as ``nn.BatchNorm2d``.
         chain: what the channels follow.
         masks: whether this module applies the mask.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class MarkovChain(nn.Module):
         self._width = channels
         self.mask: Tensor | None = None
         self.alpha = nn.Parameter(torch.empty(len(grid) - 1, device=device, dtype=dtype))
-        sizes = torch.tensor([grid[0], *(b - a for a, b in zip(grid, grid[1:], strict=False))])
+        sizes = torch.tensor([grid[0], *(b - a for a, b in pairwise(grid))])
         group_of = torch.arange(len(grid)).repeat_interleave(sizes).to(device)
         self.register_buffer("group_of", group_of, persistent=False)
         offsets = torch.tensor([0, len(grid) - 1], dtype=torch.int32, device=device)

@@ -28,9 +28,9 @@ class MarkovConv2d(nn.Conv2d):
 
     Args:
         in_channels … dtype: as ``nn.Conv2d``.
-        chain: ``"own"`` for a chain of its own, another module's chain to share its width (a depthwise
-            convolution follows its producer, both ends of a residual sum share one), or None for
-            a fixed number of output channels.
+        chain: ``"own"`` for a chain of its own, another module's chain to share its width (a
+            depthwise convolution follows its producer, both ends of a residual sum share one), or
+            None for a fixed number of output channels.
         chain_groups, divisor, min_width, start: of its own chain, see `MarkovChain`.
         norm: a batch norm to own; becomes a `MarkovBatchNorm2d` on the same weights.
         act: an activation to own.
@@ -38,8 +38,8 @@ class MarkovConv2d(nn.Conv2d):
     Shape: [N, C_in or fewer, H, W] -> [N, ``chain.width``, H', W'].
 
     Raises:
-        ConfigError: a shared chain or norm of another size; a narrower width on a grouped convolution
-            that is not depthwise.
+        ConfigError: a shared chain or norm of another size; in a pass, a narrower width of a
+            grouped convolution that is not depthwise, or of a depthwise one but not of its input.
     """
 
     def __init__(
@@ -83,10 +83,14 @@ class MarkovConv2d(nn.Conv2d):
             )
             chain = self.chain
         if chain is not None and chain.channels != out_channels:
-            raise ConfigError(f"chain has {chain.channels} channels, out_channels is {out_channels}")
+            raise ConfigError(
+                f"chain has {chain.channels} channels, out_channels is {out_channels}"
+            )
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None, Axis | None] = (None, chain)
-        before_act = isinstance(norm, nn.BatchNorm2d) and isinstance(act, (*_HOMOGENEOUS, type(None)))
+        before_act = isinstance(norm, nn.BatchNorm2d) and isinstance(
+            act, (*_HOMOGENEOUS, type(None))
+        )
         self.norm = None if norm is None else _follow(norm, chain, out_channels, masks=before_act)
         self.act = act
         self.masks = not before_act
@@ -109,6 +113,11 @@ class MarkovConv2d(nn.Conv2d):
             weight = self._select_inputs(weight, x)
         elif groups == self.in_channels:
             groups = x.shape[1]
+            if weight.shape[0] * self.in_channels != self.out_channels * groups:
+                raise ConfigError(
+                    f"a depthwise convolution that gets {groups} channels cannot make "
+                    f"{weight.shape[0]}: it must share the chain of what produces its input"
+                )
         elif keep is not None or x.shape[1] != self.in_channels:
             raise ConfigError(f"a convolution with groups={groups} cannot be narrowed")
         if self.padding_mode == "zeros":

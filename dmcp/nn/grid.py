@@ -34,7 +34,9 @@ def width_choices(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an int of at least 1, got {value!r}")
-    widths = _paper_grid(channels, groups) if divisor == 1 else _round_grid(channels, groups, divisor)
+    widths = (
+        _paper_grid(channels, groups) if divisor == 1 else _round_grid(channels, groups, divisor)
+    )
     return tuple(sorted({width for width in widths if width >= min_width} | {channels}))
 
 

@@ -51,7 +51,9 @@ class MarkovLinear(nn.Linear):
             )
             chain = self.chain
         if chain is not None and chain.channels != out_features:
-            raise ConfigError(f"chain has {chain.channels} channels, out_features is {out_features}")
+            raise ConfigError(
+                f"chain has {chain.channels} channels, out_features is {out_features}"
+            )
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None, Axis | None] = (None, chain)
         self.masks = True

@@ -2,7 +2,7 @@
 
 Values are those of the published configuration files. Its schedules count iterations at a batch of
 2,048 (626 per epoch); here they are shares of the run. Its random sub-networks were drawn from the
-chains by a rule that depended on the batch size; ``uniform_share`` is where that rule ended at 2,048.
+chains by a rule that depended on the batch size; ``uniform_share`` is where it ended at 2,048.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ _MOBILENET = Recipe(
         weight_decay=4e-5,
         label_smoothing=0.1,
     ),
-    retrain=replace(
-        _RETRAIN, lr=Schedule(peak=0.8, start=0.2, warmup=0.008), weight_decay=4e-5
-    ),
+    retrain=replace(_RETRAIN, lr=Schedule(peak=0.8, start=0.2, warmup=0.008), weight_decay=4e-5),
     search_epochs=40,
     retrain_epochs=250,
     batch_size=2048,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from dmcp.errors import CheckpointError
+from dmcp.errors import CheckpointError, ConfigError
 from dmcp.graph import check_widths
 from dmcp.search.markov_net import MarkovNet
-from dmcp.train.distributed import World, average_gradients
+from dmcp.train.distributed import World, average_gradients, broadcast_parameters
 from dmcp.train.loss import cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 from dmcp.train.training import TrainOptions
@@ -29,6 +30,9 @@ class DistilledTraining:
         options: see `TrainOptions`.
         steps: number of calls of `step`.
         world: the processes that train together.
+
+    Raises:
+        ConfigError: the net cannot take these widths.
     """
 
     def __init__(
@@ -41,11 +45,15 @@ class DistilledTraining:
     ) -> None:
         self.net = net
         self.widths = check_widths(net.graph.units, widths)
+        for unit in net.graph.units:
+            if self.widths[unit.name] < unit.channels and len(unit.choices) == 1:
+                raise ConfigError(f"widths[{unit.name!r}]: the net has no chain for this unit")
         self.options = options
         self.steps = steps
         self.step_index = 0
         self.world = world or World.single(net.architecture_parameters()[0].device)
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
+        broadcast_parameters(net, self.world)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update: images [N, C, H, W], labels int64 [N] -> ``loss`` and ``accuracy`` of the
@@ -92,6 +100,10 @@ class DistilledTraining:
                 raise CheckpointError(
                     f"the checkpoint's {key} is {state.get(key)!r}, this training's is {value!r}"
                 )
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step_index = state["step_index"]
+        try:
+            self.net.load_state_dict(state["net"])
+            # a copy, because the optimiser would keep and update the tensors it is given
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.step_index = state["step_index"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError("the checkpoint is of another network") from error

@@ -36,8 +36,8 @@ class MarkovNet(nn.Module):
 
     Its weights *are* the user's: parameters and buffers are shared with ``model``, whose modules
     stay untouched, so that ``dmcp.extract(net.graph, widths)`` inherits what was trained. Unless
-    told otherwise, it computes what ``model`` computes, bit for bit; inside ``net.at(widths)`` it is
-    the sub-network of these widths, inside ``net.masked()`` the full-width network with every
+    told otherwise, it computes what ``model`` computes, bit for bit; inside ``net.at(widths)`` it
+    is the sub-network of these widths, inside ``net.masked()`` the full-width network with every
     channel scaled by its retain probability.
 
     Args:

@@ -17,7 +17,7 @@ from dmcp.search.markov_net import MarkovNet
 from dmcp.search.options import SearchOptions
 from dmcp.search.sampling import Samples, draw_widths, expected_widths, sample_within
 from dmcp.search.subnets import narrowest, random_subnets
-from dmcp.train.distributed import World, average_gradients
+from dmcp.train.distributed import World, average_gradients, broadcast_parameters
 from dmcp.train.loss import cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 
@@ -76,6 +76,7 @@ class Search:
             start = start_at_budget(net, self.targets)
         for chain in net.chains.values():
             chain.reset(start)  # type: ignore[operator]
+        broadcast_parameters(net, self.world)
 
     @property
     def warmup_steps(self) -> int:

@@ -35,9 +35,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replace a file: a kill at any moment leaves the old one or the new one, whole."""
-    # In the same folder, because a rename is atomic only inside one file system; and under one
-    # name, so that the leftover of a kill is overwritten by the next save.
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -48,6 +46,13 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `write_atomically` writes before it renames: a kill may leave this file behind."""
+    # In the same folder, because a rename is atomic only inside one file system; and under one
+    # name, so that the leftover of a kill is overwritten by the next save.
+    return path.with_name(f".{path.name}.partial")
 
 
 def load(path: Path) -> dict[str, Any]:

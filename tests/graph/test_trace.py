@@ -69,13 +69,14 @@ def test_channels_tied_to_the_inputs_are_not_searchable():
 
 
 def test_channels_tied_to_the_inputs_in_part_are_split_off():
-    model = Calls(F.relu, wide=nn.Conv2d(3, 11, 1), end=nn.Conv2d(11, 2, 1))
-    model.forward = lambda x: model.end(torch.cat([x, model.first(x)], 1) + model.wide(x))
+    model = Calls(F.relu, wide=nn.Conv2d(3, 11, 1))
+    model.last = nn.Conv2d(11, 2, 1)
+    model.forward = lambda x: model.last(torch.cat([x, model.first(x)], 1) + model.wide(x))
     found = units(model)
     assert {name: (unit.channels, unit.searchable) for name, unit in found.items()} == {
         "first": (8, True),
         "wide": (3, False),
-        "end": (2, False),
+        "last": (2, False),
     }
     wide = next(m for m in found["first"].members if m.module == "wide")
     assert wide.channels.tolist() == list(range(3, 11))
@@ -193,11 +194,11 @@ def test_tracing_leaves_the_model_alone(network):
         ),
         (lambda m, x: m.clip(x), {"clip": nn.Hardtanh(1, 2)}, r"clip \(Hardtanh\).*zero"),
         (lambda m, x: x + 1, {}, "an operand is not computed from the model's inputs"),
-        (lambda m, x: x[:, :8], {}, "slice"),
-        (lambda m, x: x.mean(1, keepdim=True), {}, "mixes channels"),
-        (lambda m, x: x.view(2, 4, 16, 8), {}, "splits the channels"),
+        (lambda m, x: torch.cat([x[:, 4:], x[:, :4]], 1), {}, "slice"),
+        (lambda m, x: x - x.mean(1, keepdim=True), {}, "mixes channels"),
+        (lambda m, x: x.view(2, 4, 16, 8).view(2, 8, 8, 8), {}, "splits the channels"),
         (lambda m, x: x + x.transpose(1, 2), {}, "transpose"),
-        (lambda m, x: F.conv2d(x, m.last.weight * 2), {}, "computed"),
+        (lambda m, x: m.b(F.conv2d(x, m.b.weight * 2)), {"b": nn.Conv2d(8, 8, 1)}, "mul"),
         (lambda m, x: m.other(F.conv2d(x, m.other.weight)), {"other": nn.Conv2d(8, 8, 1)}, "other"),
         (lambda m, x: x, {"lost": nn.Linear(2, 2)}, r"lost \(Linear\): parameter lost.weight"),
     ],

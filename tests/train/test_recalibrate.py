@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dmcp.errors import DataError
+from dmcp.errors import ConfigError, DataError
 from dmcp.train import recalibrate_batch_norm
 
 
@@ -80,3 +80,22 @@ def test_nothing_happens_without_running_statistics(model: nn.Module, batch_of):
     batches = iter([batch_of(0)])
     recalibrate_batch_norm(model, batches)
     assert len(list(batches)) == 1
+
+
+def test_refuses_norms_that_gather_nothing_and_restores_them() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.used(images)
+
+    model = Unused()
+    nn.init.constant_(model.used.running_mean, 7.0)
+    nn.init.constant_(model.unused.running_mean, 7.0)
+    with pytest.raises(ConfigError, match="unused gathered no statistics"):
+        recalibrate_batch_norm(model, [(torch.randn(4, 3, 2, 2), torch.zeros(4))])
+    for norm in (model.used, model.unused):
+        assert bool((norm.running_mean == 7).all())
+        assert norm.momentum == 0.1

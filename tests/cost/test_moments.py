@@ -1,0 +1,141 @@
+import itertools
+
+import pytest
+import torch
+
+import dmcp
+from dmcp.cost import ChainLayout, Cost, width_moments
+from dmcp.nn import width_choices
+
+SMALL_ENOUGH_TO_ENUMERATE = [
+    "Residual",
+    "Depthwise",
+    "DepthwiseMultiplier",
+    "BothEnds",
+    "CalledTwice",
+    "Concat",
+    "FlattenedMap",
+]
+
+
+def enumerate_structures(q, choices):
+    """Every structure and its probability, from the chains' definition: [n, U], [n]."""
+    per_unit, start = [], 0
+    for grid in choices:
+        own = torch.cat([q.new_ones(1), q[start : start + len(grid) - 1], q.new_zeros(1)])
+        per_unit.append(own[:-1] - own[1:])
+        start += len(grid) - 1
+    widths = torch.tensor(list(itertools.product(*choices)))
+    probabilities = [torch.stack(pick).prod() for pick in itertools.product(*per_unit)]
+    return widths, torch.stack(probabilities)
+
+
+def chains(graph, groups=4, seed=0):
+    """Grids of the searchable units and random retain probabilities."""
+    choices = [
+        width_choices(unit.channels, groups, 1) if unit.searchable else unit.choices
+        for unit in graph.units
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    alpha = torch.randn(sum(map(len, choices)) - len(choices), generator=generator).double()
+    return choices, alpha.requires_grad_()
+
+
+def retain_by_definition(alpha, choices):
+    parts = alpha.sigmoid().split([len(grid) - 1 for grid in choices])
+    return torch.cat([part.cumprod(0) for part in parts])
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "memory"])
+@pytest.mark.parametrize("name", SMALL_ENOUGH_TO_ENUMERATE)
+def test_mean_and_variance_are_those_of_all_structures(example, name, metric):
+    case = example(name)
+    graph = dmcp.trace(case.model, case.inputs)
+    cost = dmcp.cost(graph, metric)
+    choices, alpha = chains(graph)
+    q = retain_by_definition(alpha, choices)
+    widths, probability = enumerate_structures(q, choices)
+    costs = cost.of_many(widths).double()
+    mean = (probability * costs).sum()
+    variance = (probability * (costs - mean) ** 2).sum()
+
+    moments = width_moments(q, ChainLayout.of(choices), orders=4)
+    closed_mean, closed_variance = cost.mean(moments), cost.variance(moments)
+    torch.testing.assert_close(closed_mean, mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(closed_variance, variance, rtol=1e-11, atol=0)
+
+    for closed, enumerated in ((closed_mean, mean), (closed_variance, variance)):
+        (gradient,) = torch.autograd.grad(closed, alpha, retain_graph=True)
+        (expected,) = torch.autograd.grad(enumerated, alpha, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9 * float(mean))
+
+
+def test_the_gradient_equals_finite_differences(example):
+    case = example("Depthwise")
+    graph = dmcp.trace(case.model, case.inputs)
+    cost = dmcp.cost(graph)
+    choices, alpha = chains(graph)
+    layout = ChainLayout.of(choices)
+
+    def mean(alpha):
+        return cost.mean(width_moments(retain_by_definition(alpha, choices), layout))
+
+    def deviation(alpha):
+        q = retain_by_definition(alpha, choices)
+        return cost.variance(width_moments(q, layout, 4)).sqrt()
+
+    assert torch.autograd.gradcheck(mean, alpha)
+    assert torch.autograd.gradcheck(deviation, alpha)
+
+
+def test_a_unit_at_both_ends_enters_by_its_second_moment(example):
+    case = example("BothEnds")
+    graph = dmcp.trace(case.model, case.inputs)
+    cost = dmcp.cost(graph)
+    assert cost.quadratic[0, 0] == 9 * 8 * 8
+    moments = torch.tensor([[4.0, 20.0], [5.0, 25.0]], dtype=torch.float64)
+    squared = torch.tensor([[4.0, 16.0], [5.0, 25.0]], dtype=torch.float64)
+    assert cost.mean(moments) - cost.mean(squared) == 9 * 8 * 8 * (20 - 16)
+
+
+def test_width_moments_by_hand():
+    layout = ChainLayout.of([(2, 5), (3,), (1, 2, 4)])
+    assert layout.offsets.tolist() == [0, 1, 1, 3]
+    q = torch.tensor([0.25, 0.5, 0.125])
+    moments = width_moments(q, layout, orders=2)
+    assert moments.dtype == torch.float64
+    assert moments.tolist() == [
+        [2 + 0.25 * 3, 4 + 0.25 * 21],
+        [3, 9],
+        [1 + 0.5 + 0.125 * 2, 1 + 0.5 * 3 + 0.125 * 12],
+    ]
+
+
+def test_certain_chains_have_the_cost_of_one_structure(example):
+    case = example("Residual")
+    graph = dmcp.trace(case.model, case.inputs)
+    cost = dmcp.cost(graph)
+    choices, alpha = chains(graph)
+    for q, place in ((torch.ones_like(alpha), -1), (torch.zeros_like(alpha), 0)):
+        moments = width_moments(q, ChainLayout.of(choices), 4)
+        structure = {u.name: grid[place] for u, grid in zip(graph.units, choices, strict=True)}
+        assert cost.mean(moments) == cost.of(structure)
+        assert cost.variance(moments).abs() <= 1e-12 * cost.of(structure) ** 2
+
+
+def test_mobilenet_agrees_with_its_sampled_structures(example):
+    case = example("mobilenet_v2")
+    net = dmcp.search.MarkovNet(case.model, case.inputs, groups=6, divisor=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for alpha in net.architecture_parameters():
+            alpha.normal_(1, 1, generator=generator)
+        moments = net.width_moments(4)
+        cost: Cost = dmcp.cost(net.graph)
+        count = 40_000
+        drawn = dmcp.search.draw_widths(net, count, generator)
+    costs = cost.of_many(drawn.widths).double()
+    deviation = cost.variance(moments).sqrt()
+    assert (costs.mean() - cost.mean(moments)).abs() < 4 * deviation / count**0.5
+    centred = (costs - costs.mean()) ** 2
+    assert (centred.mean() - deviation**2).abs() < 4 * centred.std() / count**0.5

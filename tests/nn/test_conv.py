@@ -1,0 +1,182 @@
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dmcp.errors import ConfigError
+from dmcp.nn import MarkovBatchNorm2d, MarkovConv2d, masked
+
+
+def same_weights(source, target):
+    target.load_state_dict(source.state_dict(), strict=False)
+    return target
+
+
+def assert_same_pass(expected, actual, images):
+    """The same output, input gradient and weight gradients, bit for bit."""
+    results = []
+    for module in (expected, actual):
+        x = images.clone().requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        weights = [p.grad for name, p in module.named_parameters() if "alpha" not in name]
+        results.append([y.detach(), x.grad, *weights])
+        module.zero_grad(set_to_none=True)
+    for wanted, got in zip(*results, strict=True):
+        assert torch.equal(wanted, got)
+
+
+def test_the_signature_is_that_of_conv2d_and_the_chains():
+    plain = list(inspect.signature(nn.Conv2d).parameters.values())
+    markov = list(inspect.signature(MarkovConv2d).parameters.values())
+    for wanted, got in zip(plain, markov, strict=False):
+        assert (got.name, got.default, got.kind) == (wanted.name, wanted.default, wanted.kind)
+    own = markov[len(plain) :]
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in own)
+    assert [parameter.name for parameter in own] == [
+        "chain",
+        "chain_groups",
+        "divisor",
+        "min_width",
+        "start",
+        "norm",
+        "act",
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"stride": (1, 2), "padding": (2, 1), "dilation": 2},
+        {"padding": "same"},
+        {"padding": "valid"},
+        {"padding": 1, "groups": 8},
+        {"padding": 1, "groups": 2},
+    ],
+    ids=str,
+)
+def test_it_is_conv2d_at_full_width(options, padding_mode, bias):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(8, 16, 3, bias=bias, padding_mode=padding_mode, **options)
+    markov = MarkovConv2d(8, 16, 3, bias=bias, padding_mode=padding_mode, **options)
+    same_weights(plain, markov)
+    images = torch.randn(2, 8, 9, 9)
+    assert_same_pass(plain, markov, images)
+    assert_same_pass(plain, markov, images.to(memory_format=torch.channels_last))
+
+
+def test_the_state_dict_is_that_of_conv2d_and_the_chain():
+    assert list(MarkovConv2d(3, 16, 3).state_dict()) == ["weight", "bias", "chain.alpha"]
+    assert list(MarkovConv2d(3, 16, 3, chain=None).state_dict()) == ["weight", "bias"]
+    own = MarkovConv2d(3, 16, 3, bias=False, norm=nn.BatchNorm2d(16))
+    norm = [f"norm.{name}" for name in nn.BatchNorm2d(16).state_dict()]
+    assert list(own.state_dict()) == ["weight", "chain.alpha", *norm]
+    follower = MarkovConv2d(16, 16, 3, groups=16, chain=own.chain)
+    assert list(follower.state_dict()) == ["weight", "bias"]
+
+
+def test_a_narrower_chain_computes_a_prefix_of_the_outputs():
+    torch.manual_seed(0)
+    conv = MarkovConv2d(3, 24, 3).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    whole = conv(images)
+    conv.chain.width = 10
+    torch.testing.assert_close(conv(images), whole[:, :10])
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_narrower_input_uses_a_prefix_of_the_inputs(padding_mode):
+    torch.manual_seed(0)
+    conv = MarkovConv2d(6, 16, 3, padding=1, padding_mode=padding_mode).double()
+    images = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    images[:, 4:] = 0
+    torch.testing.assert_close(conv(images[:, :4]), conv(images))
+
+
+def test_a_depthwise_convolution_follows_its_producers_chain():
+    torch.manual_seed(0)
+    first = MarkovConv2d(3, 16, 1)
+    depthwise = MarkovConv2d(16, 16, 3, groups=16, chain=first.chain)
+    images = torch.randn(2, 3, 8, 8)
+    whole = depthwise(first(images))
+    first.chain.width = 8
+    torch.testing.assert_close(depthwise(first(images)), whole[:, :8])
+
+
+def test_with_its_norm_and_activation_it_is_the_three_modules():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16)
+    plain = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+    markov = MarkovConv2d(3, 16, 3, bias=False, norm=norm, act=nn.ReLU6())
+    assert isinstance(markov.norm, MarkovBatchNorm2d)
+    assert markov.norm.weight is norm.weight
+    assert markov.norm.running_var is norm.running_var
+    markov.weight.data.copy_(plain[0].weight.data)
+    assert_same_pass(plain, markov, torch.randn(4, 3, 8, 8))
+    assert torch.equal(norm.running_mean, plain[1].running_mean)
+    assert torch.equal(norm.running_var, plain[1].running_var)
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "act"),
+    [(False, None), (False, "relu6"), (True, None), (True, "relu"), (True, "relu6"), (False, "silu")],
+)
+def test_the_mask_scales_the_activation_once(norm, act):
+    torch.manual_seed(0)
+    acts = {None: nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6(), "silu": nn.SiLU()}
+    conv = MarkovConv2d(
+        3,
+        24,
+        3,
+        norm=nn.BatchNorm2d(24) if norm else None,
+        act=None if act is None else acts[act],
+        start=0.6,
+    ).double()
+    images = 5 * torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    alpha = conv.chain.alpha.detach().clone().requires_grad_()
+    q = torch.cat([alpha.new_ones(8), *(
+        alpha.sigmoid().cumprod(0)[k].expand(8) for k in range(2)
+    )])
+    y = F.conv2d(images, conv.weight, conv.bias)
+    if norm:
+        y = F.batch_norm(y, None, None, conv.norm.weight, conv.norm.bias, training=True)
+    expected = q.view(-1, 1, 1) * acts[act](y)
+    with masked(conv):
+        actual = conv(images)
+        actual.sin().sum().backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(expected.sin().sum(), alpha)
+    torch.testing.assert_close(conv.chain.alpha.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_mask_and_width_together_scale_the_prefix():
+    torch.manual_seed(0)
+    conv = MarkovConv2d(3, 24, 3, norm=nn.BatchNorm2d(24), act=nn.ReLU()).eval()
+    images = torch.randn(2, 3, 8, 8)
+    with masked(conv):
+        whole = conv(images)
+        conv.chain.width = 16
+        torch.testing.assert_close(conv(images), whole[:, :16])
+
+
+def test_bad_arguments_are_named():
+    other = MarkovConv2d(3, 16, 3)
+    with pytest.raises(ConfigError, match="chain has 16 channels, out_channels is 8"):
+        MarkovConv2d(3, 8, 3, chain=other.chain)
+    with pytest.raises(ConfigError, match="norm has 4 features, out_channels is 16"):
+        MarkovConv2d(3, 16, 3, norm=nn.BatchNorm2d(4))
+    grouped = MarkovConv2d(8, 16, 3, groups=2)
+    grouped.chain.width = 8
+    with pytest.raises(ConfigError, match="groups=2 cannot be narrowed"):
+        grouped(torch.zeros(1, 8, 4, 4))
+    depthwise = MarkovConv2d(16, 16, 3, groups=16)
+    depthwise.chain.width = 8
+    with pytest.raises(ConfigError, match="depthwise convolution that gets 16 channels cannot make 8"):
+        depthwise(torch.zeros(1, 16, 4, 4))
