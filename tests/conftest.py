@@ -67,7 +67,12 @@ class Depthwise(nn.Sequential):
 class DepthwiseMultiplier(nn.Sequential):
     def __init__(self):
         super().__init__(
-            conv_bn(3, 6), nn.ReLU(), conv_bn(6, 18, groups=6), nn.ReLU(), conv_bn(18, 7, 1), Head(7)
+            conv_bn(3, 6),
+            nn.ReLU(),
+            conv_bn(6, 18, groups=6),
+            nn.ReLU(),
+            conv_bn(18, 7, 1),
+            Head(7),
         )
 
 
@@ -301,9 +306,7 @@ def random_widths():
     def draw(graph, seed=0):
         generator = torch.Generator().manual_seed(seed)
         return {
-            unit.name: unit.choices[
-                int(torch.randint(len(unit.choices), (), generator=generator))
-            ]
+            unit.name: unit.choices[int(torch.randint(len(unit.choices), (), generator=generator))]
             for unit in graph.units
         }
 

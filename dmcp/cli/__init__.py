@@ -25,13 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         commands.main(arguments, prog_name="dmcp", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return 2
+    except click.ClickException as error:
+        print(f"dmcp: {error.format_message()}", file=sys.stderr)
         return 2
     except (click.Abort, KeyboardInterrupt):
         print("dmcp: interrupted; the same command continues the run", file=sys.stderr)
         return 130
-    except DmcpError as error:
+    except (DmcpError, OSError) as error:
         print(f"dmcp: {error}", file=sys.stderr)
         return 2
     return 0

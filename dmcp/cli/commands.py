@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ _network_options = _options(
     click.option("--data", default="digits", help="'digits', or a folder with train/ and test/."),
     click.option("--image-size", type=int, help="Side of the images in pixels.  [the data's own]"),
     click.option("--holdout", type=float, default=0.1, help="Share of training images kept aside."),
-    click.option("--recipe", help=f"One of {', '.join(recipes.names())}.  [by image size]"),
+    click.option("--recipe", help=f"One of {', '.join(recipes.names())}.  [by the data]"),
     click.option("--batch-size", type=int, help="Images per step over all processes.  [recipe]"),
     click.option("--seed", type=int, default=0),
 )
@@ -183,11 +184,8 @@ def evaluate(
     run: Path, network: str | None, device: str | None, workers: int, quiet: bool, as_json: bool
 ) -> None:
     """Evaluate the trained networks of a finished run on its test images."""
-    folder = RunFolder(run)
-    trained = [row["network"] for row in folder.read_json("results.json")["networks"]]
     machine = Machine(World.single(_device(device)), workers)
-    rows = [run_eval(folder, name, machine) for name in ([network] if network else trained)]
-    show_rows(rows, as_json=as_json, quiet=quiet)
+    show_rows(run_eval(RunFolder(run), machine, network), as_json=as_json, quiet=quiet)
 
 
 @commands.command()
@@ -212,7 +210,7 @@ def inspect(groups: int | None, divisor: int | None, as_json: bool, **options: A
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
-    """The recipe asked for, or the one for images of this size."""
+    """The recipe asked for, or the one that suits the data."""
     if options["recipe"]:
         return recipes.get(options["recipe"])
     return recipes.get("digits" if options["data"] == "digits" else "cifar")
@@ -225,7 +223,7 @@ def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
     width = {} if options["width"] is None else {"width": options["width"]}
     return NetworkConfig(
         model=model,
-        model_options={**recipe.model_options, **width},
+        model_options={**(recipe.model_options if model == recipe.model else {}), **width},
         data=options["data"],
         image_size=options["image_size"],
         holdout=options["holdout"],
@@ -237,9 +235,11 @@ def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
 
 @contextlib.contextmanager
 def _machine(options: dict[str, Any], *, quiet: bool) -> Iterator[Machine]:
-    world = init_from_env(options["device"])
-    machine = Machine(world, options["workers"], options["checkpoint_every"], options["log_every"])
+    world = init_from_env(_device(options["device"]))
     try:
+        machine = Machine(
+            world, options["workers"], options["checkpoint_every"], options["log_every"]
+        )
         if quiet or not world.is_main:
             yield machine
         else:
@@ -250,7 +250,14 @@ def _machine(options: dict[str, Any], *, quiet: bool) -> Iterator[Machine]:
 
 
 def _device(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device asked for, or CUDA where there is a GPU."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"--device must be cpu, cuda or cuda:<number>, got {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name!r}, but torch finds no CUDA GPU")
+    return name
 
 
 def _number(bound: str | None) -> str | float | None:

@@ -38,20 +38,21 @@ class ProgressDisplay:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
             console=Console(stderr=True),
         )
         self._task: TaskID | None = None
         self._bounds: Mapping[str, int] = {}
 
     def __enter__(self) -> ProgressDisplay:
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self._task is not None:
+            self.progress.stop()
 
     def begin(self, phase: str, steps: int, bounds: Mapping[str, int]) -> None:
+        self.progress.start()
         self._bounds = bounds
         self._task = self.progress.add_task(phase, total=steps, metrics="")
 
@@ -95,7 +96,7 @@ def show_rows(rows: Sequence[Row], *, as_json: bool, quiet: bool) -> None:
                 top5,
                 f"{row.seconds:.0f}",
             )
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 def show_graph(
@@ -134,4 +135,4 @@ def show_graph(
         widths = " ".join(map(str, unit.choices)) if unit.searchable else unit.reason
         share = f"{macs[unit.name]:.1%}"
         table.add_row(unit.name, str(unit.channels), widths, str(len(unit.members)), share)
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -89,14 +89,12 @@ class AxisMap:
         return fixed, per_unit
 
 
-def check_widths(
-    units: Sequence[ChannelUnit], widths: Mapping[str, int], *, on_choices: bool = False
-) -> dict[str, int]:
+def check_widths(units: Sequence[ChannelUnit], widths: Mapping[str, int]) -> dict[str, int]:
     """Complete a mapping unit name -> width with the full widths, after checking it.
 
     Raises:
-        ConfigError: an unknown unit, a width outside 1..channels (or, with ``on_choices``, not
-            among the unit's choices), or a changed width of an unsearchable unit.
+        ConfigError: an unknown unit, a width outside 1..channels, or a changed width of an
+            unsearchable unit.
     """
     known = {unit.name: unit for unit in units}
     for name, width in widths.items():
@@ -111,6 +109,4 @@ def check_widths(
             raise ConfigError(
                 f"widths[{name!r}]: the unit keeps its {unit.channels} channels: {unit.reason}"
             )
-        if on_choices and width not in unit.choices:
-            raise ConfigError(f"widths[{name!r}] must be one of {unit.choices}, got {width}")
     return {name: widths.get(name, unit.channels) for name, unit in known.items()}

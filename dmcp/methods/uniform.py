@@ -13,9 +13,9 @@ def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
     """The widest structure inside the budget that keeps the same share of every searchable unit.
 
     Units grow through their ``choices``, always the one whose share is furthest behind, until the
-    next growth exceeds the budget; then every other unit may still grow once if that fits. Shares
-    are equal but for this rounding: to whole channels in a graph as traced, to the grid in the
-    graph of a `MarkovNet`.
+    next growth exceeds the budget; then units that were rounded down are rounded up where that
+    fits. So shares are equal but for rounding: to whole channels in a graph as traced, to the grid
+    in the graph of a `MarkovNet`.
 
     Raises:
         BudgetError: every unit at its smallest choice is too much already.
@@ -45,9 +45,8 @@ def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
         else:
             exceeding = middle
     widths = grown(fitting)
-    tried = set()
     for _, number, wider in growths[fitting:]:
-        if number not in tried and fits([*widths[:number], wider, *widths[number + 1 :]]):
+        rounded_down = widths[number] < growths[fitting][0] * graph.units[number].channels
+        if rounded_down and fits([*widths[:number], wider, *widths[number + 1 :]]):
             widths[number] = wider
-        tried.add(number)
     return {unit.name: width for unit, width in zip(graph.units, widths, strict=True)}

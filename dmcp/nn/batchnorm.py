@@ -26,6 +26,8 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         masks: whether this module applies the mask.
 
     Attributes:
+        tracks: False while this is a part of a sub-network or a masked network although its own
+            axis is whole.
         sync_world: the processes whose batch statistics are joined in training, None for this one's
             alone; `dmcp.train.synchronise_batch_norm` sets it.
     """
@@ -45,6 +47,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.masks = masks
+        self.tracks = True
         self.sync_world: World | None = None
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None] = (chain,)
@@ -52,13 +55,14 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         axis = self._axes[0]
         keep = axis.keep() if axis is not None else None
-        mask = axis.mask if axis is not None and self.masks else None
-        if keep is None and mask is None:
+        mask = axis.mask if axis is not None else None
+        if keep is None and mask is None and self.tracks:
             if self.sync_world is not None:
                 return synchronised_forward(self, x, self.sync_world)
             return super().forward(x)
         mean = None if self.training else self.running_mean
         var = None if self.training else self.running_var
+        mask = mask if self.masks else None
         y = synchronised_batch_norm(
             x,
             *self._affine(keep, mask),

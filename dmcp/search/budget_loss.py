@@ -13,6 +13,10 @@ from torch import Tensor
 
 from dmcp.errors import ConfigError
 
+_MULTIPLIER_RATE, _LARGEST_EXCESS = 0.02, 0.1
+"""Multipliers move per step by this share of ρ (r - 1), which counts no further than ±0.1: what they
+gathered on a long way to the budget would carry the chains past it."""
+
 _NEAREST = 1e-3
 """Distance |r - 1| below which ``log_l1`` stops falling, so that it is finite at the budget."""
 
@@ -28,7 +32,8 @@ class BudgetLoss:
         weight · |r - 1|, weight · (r - 1)².
     ``"augmented_lagrangian"``
         for r <= 1: (max(0, μ + ρ (r - 1))² - μ²) / 2ρ with ρ = ``weight``, and after every step
-        μ <- max(0, μ + ρ (r - 1)). Several bounds are met at once, tight or not.
+        μ <- max(0, μ + 0.02 ρ clamp(r - 1, ±0.1)). The tightest bound is held from both sides (no max), so that
+        it is met exactly; of several bounds the others may end slack.
 
     Args:
         name: one of the above.
@@ -62,13 +67,15 @@ class BudgetLoss:
 
     def __call__(self, ratios: Tensor) -> Tensor:
         """The loss of expected cost over budget: float64 [B] -> 0-d."""
-        return _LOSSES[self.name](self, ratios).sum()
+        return _LOSSES[self.name](self, ratios)
 
     def update(self, ratios: Tensor) -> None:
         """Move the multipliers of the augmented Lagrangian; nothing for the other losses."""
         if self.name == "augmented_lagrangian":
-            moved = self.multipliers + self.weight * (ratios.detach() - 1)
-            self.multipliers = moved.clamp(min=0)
+            ratios = ratios.detach()
+            excess = (ratios - 1).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
+            moved = self.multipliers + _MULTIPLIER_RATE * self.weight * excess
+            self.multipliers = _one_sided(moved, ratios)
 
     def state_dict(self) -> dict[str, Any]:
         return {"multipliers": self.multipliers}
@@ -83,20 +90,25 @@ def _log_l1(loss: BudgetLoss, ratios: Tensor) -> Tensor:
     distance = torch.where(ratios < floor, below, above).clamp(min=_NEAREST)
     value = loss.weight * distance.log()
     in_zone = (ratios >= floor) & (ratios < 1)
-    return value.masked_fill(in_zone, 0.0)
+    return value.masked_fill(in_zone, 0.0).sum()
 
 
 def _l1(loss: BudgetLoss, ratios: Tensor) -> Tensor:
-    return loss.weight * (ratios - 1).abs()
+    return loss.weight * (ratios - 1).abs().sum()
 
 
 def _l2(loss: BudgetLoss, ratios: Tensor) -> Tensor:
-    return loss.weight * (ratios - 1) ** 2
+    return loss.weight * ((ratios - 1) ** 2).sum()
 
 
 def _augmented_lagrangian(loss: BudgetLoss, ratios: Tensor) -> Tensor:
-    active = (loss.multipliers + loss.weight * (ratios - 1)).clamp(min=0)
-    return (active**2 - loss.multipliers**2) / (2 * loss.weight)
+    force = _one_sided(loss.multipliers + loss.weight * (ratios - 1), ratios)
+    return ((force**2 - loss.multipliers**2) / (2 * loss.weight)).sum()
+
+
+def _one_sided(force: Tensor, ratios: Tensor) -> Tensor:
+    """Bounds push down only, but for the tightest one."""
+    return torch.where(ratios == ratios.max(), force, force.clamp(min=0))
 
 
 _LOSSES: dict[str, Callable[[BudgetLoss, Tensor], Tensor]] = {

@@ -122,8 +122,12 @@ class MarkovNet(nn.Module):
     @contextmanager
     def masked(self) -> Iterator[None]:
         """Scale every channel by its retain probability while the context is open."""
-        with masked(self.chains):
-            yield
+        try:
+            with masked(self.chains):
+                self._set_tracking()
+                yield
+        finally:
+            self._set_tracking()
 
     def retain(self) -> Tensor:
         """q of all chains, concatenated in the order of the units: [T], differentiable."""
@@ -146,6 +150,15 @@ class MarkovNet(nn.Module):
     def _set_widths(self, widths: Mapping[str, int]) -> None:
         for name, chain in self._named_chains():
             chain.width = widths[name]
+        self._set_tracking()
+
+    def _set_tracking(self) -> None:
+        """Running statistics are the widest, unmasked network's, also of norms without a chain."""
+        chains = [chain for _, chain in self._named_chains()]
+        whole = all(chain.keep() is None and chain.mask is None for chain in chains)
+        for module in self.model.modules():
+            if isinstance(module, MarkovBatchNorm2d):
+                module.tracks = whole
 
     def _install(self) -> None:
         """Replace the modules that units reach by ones that follow chains."""
@@ -153,7 +166,7 @@ class MarkovNet(nn.Module):
         for name, axes in self.graph.modules.items():
             module = self.model.get_submodule(name)
             inputs, outputs = self._axis(axes.inputs), self._axis(axes.outputs)
-            follower = _follower(module, inputs, outputs, masks=name in sites)
+            follower = _follower(name, module, inputs, outputs, masks=name in sites)
             self.model.set_submodule(name, follower)
         for site, owner in sites.items():
             axis = self._axis(self.graph.modules[owner].outputs)
@@ -216,7 +229,7 @@ _REPLACED = (nn.BatchNorm2d, nn.Conv2d, nn.Linear)
 
 
 def _follower(
-    module: nn.Module, inputs: Axis | None, outputs: Axis | None, *, masks: bool
+    name: str, module: nn.Module, inputs: Axis | None, outputs: Axis | None, *, masks: bool
 ) -> nn.Module:
     """The module that computes what ``module`` does, on the same tensors, and follows the axes.
 
@@ -225,7 +238,8 @@ def _follower(
     """
     if not any(type(module).forward is kind.forward for kind in _REPLACED):
         raise TraceError(
-            f"{type(module).__name__} cannot follow a Markov chain: it has a forward of its own"
+            f"{name} ({type(module).__name__}) cannot follow a Markov chain: "
+            "its class has a forward of its own"
         )
     follower: MarkovBatchNorm2d | MarkovConv2d | MarkovLinear
     if isinstance(module, nn.BatchNorm2d):
@@ -265,4 +279,5 @@ def _follower(
         follower._axes = (inputs, outputs)
     follower.masks = masks
     share_tensors(module, follower)
+    vars(follower).update({key: value for key, value in vars(module).items() if "hooks" in key})
     return follower.train(module.training)

@@ -61,7 +61,7 @@ def _walk(
         elif node.kind in ("depthwise", "activation") and once:
             states.append(_moved(node, inputs[0], committed))
         else:
-            if node.kind != "norm":
+            if node.kind not in ("norm", "output"):
                 found.update({value.site: value.owner for value in inputs if value is not None})
             states.append(_produced(node))
     return found

@@ -45,7 +45,7 @@ class SearchOptions:
     arch_optimizer: Literal["adam", "sgd"] = "adam"
     arch_lr: Schedule = field(default_factory=lambda: Schedule(peak=0.1, final=0.02))
     budget_loss: str = "augmented_lagrangian"
-    budget_weight: float = 1.0
+    budget_weight: float = 10.0
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dmcp.errors import SamplingError
 from dmcp.search.budget import Targets
@@ -84,18 +85,16 @@ def draw_widths(net: MarkovNet, count: int, generator: torch.Generator | None = 
         generator: on the CPU; the default generator if None.
     """
     choices = [unit.choices for unit in net.graph.units]
-    longest = max(len(grid) for grid in choices)
-    p = torch.zeros(len(choices), longest - 1)
-    grid = torch.zeros(len(choices), longest, dtype=torch.int64)
-    for number, unit in enumerate(net.graph.units):
-        grid[number, : len(unit.choices)] = torch.tensor(unit.choices)
-        if len(unit.choices) > 1:
-            p[number, : len(unit.choices) - 1] = net.chain(unit.name).transition()
+    # In one copy to the host; the zeros after the last group end every chain.
+    transitions = torch.cat([*net.architecture_parameters()]).sigmoid().cpu()
+    p = pad_sequence(transitions.split([len(grid) - 1 for grid in choices]), batch_first=True)
+    grid = pad_sequence([torch.tensor(widths) for widths in choices], batch_first=True)
     kept = (torch.rand(count, *p.shape, generator=generator) < p).cumprod(2).sum(2)
     widths = grid.expand(count, -1, -1).gather(2, kept[:, :, None]).squeeze(2)
     return Samples(tuple(unit.name for unit in net.graph.units), widths, count)
 
 
+@torch.no_grad()
 def sample_within(
     net: MarkovNet,
     targets: Targets,

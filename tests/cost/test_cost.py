@@ -85,7 +85,7 @@ def test_many_structures_at_once(example, random_widths):
 def test_bad_arguments_are_named(example):
     case = example("Residual")
     graph = dmcp.trace(case.model, case.inputs)
-    with pytest.raises(ConfigError, match="metric must be one of .*'macs'.* got 'flops'"):
+    with pytest.raises(ConfigError, match=r"metric must be one of .*'macs'.* got 'flops'"):
         dmcp.cost(graph, "flops")
     with pytest.raises(ConfigError, match="nowhere"):
         dmcp.cost(graph).of({"nowhere": 1})

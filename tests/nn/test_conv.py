@@ -126,7 +126,14 @@ def test_with_its_norm_and_activation_it_is_the_three_modules():
 
 @pytest.mark.parametrize(
     ("norm", "act"),
-    [(False, None), (False, "relu6"), (True, None), (True, "relu"), (True, "relu6"), (False, "silu")],
+    [
+        (False, None),
+        (False, "relu6"),
+        (True, None),
+        (True, "relu"),
+        (True, "relu6"),
+        (False, "silu"),
+    ],
 )
 def test_the_mask_scales_the_activation_once(norm, act):
     torch.manual_seed(0)
@@ -141,9 +148,7 @@ def test_the_mask_scales_the_activation_once(norm, act):
     ).double()
     images = 5 * torch.randn(4, 3, 8, 8, dtype=torch.float64)
     alpha = conv.chain.alpha.detach().clone().requires_grad_()
-    q = torch.cat([alpha.new_ones(8), *(
-        alpha.sigmoid().cumprod(0)[k].expand(8) for k in range(2)
-    )])
+    q = torch.cat([alpha.new_ones(8), *(alpha.sigmoid().cumprod(0)[k].expand(8) for k in range(2))])
     y = F.conv2d(images, conv.weight, conv.bias)
     if norm:
         y = F.batch_norm(y, None, None, conv.norm.weight, conv.norm.bias, training=True)
@@ -178,5 +183,7 @@ def test_bad_arguments_are_named():
         grouped(torch.zeros(1, 8, 4, 4))
     depthwise = MarkovConv2d(16, 16, 3, groups=16)
     depthwise.chain.width = 8
-    with pytest.raises(ConfigError, match="depthwise convolution that gets 16 channels cannot make 8"):
+    with pytest.raises(
+        ConfigError, match="depthwise convolution that gets 16 channels cannot make 8"
+    ):
         depthwise(torch.zeros(1, 16, 4, 4))

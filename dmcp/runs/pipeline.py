@@ -1,0 +1,449 @@
+"""The main job: search, extract, retrain, evaluate, resumable at every step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dmcp import models
+from dmcp.cost import cost, measured_macs
+from dmcp.data import Batch, DataSource, ImageSet, eval_batches, open_data, train_stream
+from dmcp.errors import CheckpointError, ConfigError, DataError, DmcpError
+from dmcp.graph import ChannelGraph, check_widths, extract, trace
+from dmcp.methods import uniform_widths
+from dmcp.runs.config import NetworkConfig, SearchConfig, TrainConfig, to_json
+from dmcp.runs.folder import RunFolder
+from dmcp.search import MarkovNet, Search
+from dmcp.search.distilled import DistilledTraining
+from dmcp.train import (
+    Evaluation,
+    Recorder,
+    Stage,
+    Training,
+    TrainOptions,
+    World,
+    evaluate,
+    recalibrate_batch_norm,
+    restore_batch_norm,
+    run,
+    synchronise_batch_norm,
+)
+from dmcp.train.distributed import barrier
+
+SMALL_IMAGES = 64
+"""Up to this side, in pixels, networks take their variant for small images."""
+
+_RECALIBRATION_BATCHES = 32
+
+
+class Watcher(Protocol):
+    """Who follows a run: a progress display."""
+
+    def begin(self, phase: str, steps: int, bounds: Mapping[str, int]) -> None:
+        """A phase of so many steps begins; ``bounds`` are those of a search, by metric."""
+
+    def step(self, done: int) -> None:
+        """So many steps of the phase are done."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Metrics were read back."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes; nothing here changes what it is about.
+
+    Attributes:
+        world: the processes.
+        workers: processes that decode images.
+        checkpoint_every, log_every: in steps.
+        watcher: who follows the run, on the main process.
+    """
+
+    world: World
+    workers: int = 0
+    checkpoint_every: int = 100
+    log_every: int = 10
+    watcher: Watcher | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("workers", self.workers, 0),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("log_every", self.log_every, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table at the end.
+
+    Attributes:
+        network: ``"dense"``, ``"dmcp"``, ``"uniform"`` or ``"pruned"``.
+        macs, params: of the network that was trained, see `dmcp.cost`.
+        top1, top5: on the test images; top5 is None where there are at most five classes.
+        seconds: spent on its training and, for DMCP, on the search, over all restarts.
+    """
+
+    network: str
+    macs: int
+    params: int
+    top1: float
+    top5: float | None
+    seconds: float
+
+
+def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> list[Row]:
+    """Search, extract, retrain and evaluate; continue where an earlier call was stopped.
+
+    Returns:
+        The rows of the table, which ``results.json`` holds too.
+
+    Raises:
+        DmcpError: the configuration, the data or the folder is not fit for it; nothing is written
+            then.
+        DataError: an image cannot be read; the run continues once it can.
+        DivergenceError: a loss became NaN or infinite.
+    """
+    data = _open(config.network)
+    job = _Job(config.network, data, folder, machine)
+    model = job.build()
+    net = MarkovNet(model, job.example(), config.groups, config.divisor, config.min_width)
+    stage = Search(
+        net,
+        config.budget,
+        job.steps(config.search_epochs),
+        config.search,
+        seed=config.network.seed,
+        world=machine.world,
+    )
+    holdout = data.holdout if config.arch_data == "holdout" else None
+    if job.open(to_json(config), holdout):
+        return _finished(folder)[0]
+    with job.recorder() as recorder:
+        search_seconds = job.run(stage, "search", net.model, recorder, holdout)
+        widths = stage.expected_widths()
+        structures = {"dmcp": widths}
+        if config.baselines:
+            structures["uniform"] = uniform_widths(job.graph, stage.targets)
+            structures = {"dense": net.graph.widths(), **structures}
+        if machine.world.is_main:
+            folder.write_json("widths.json", {"widths": widths})
+            folder.write_json("search.json", _describe(stage))
+        rows = []
+        for name, structure in structures.items():
+            spent = search_seconds if name == "dmcp" else 0.0
+            row = job.retrain(name, structure, config, model, recorder)
+            rows.append(replace(row, seconds=row.seconds + spent))
+    job.finish(rows, structures)
+    return rows
+
+
+def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[Row]:
+    """Train a network, whole or pruned to given widths, and evaluate it; resumable.
+
+    Raises:
+        DmcpError: as for `run_search`.
+    """
+    data = _open(config.network)
+    job = _Job(config.network, data, folder, machine)
+    widths = check_widths(job.graph.units, config.widths or {})
+    steps = job.steps(config.epochs)
+    if job.open(to_json(config)):
+        return _finished(folder)[0]
+    with job.recorder() as recorder:
+        name = "dense" if widths == job.graph.widths() else "pruned"
+        if machine.world.is_main:
+            folder.write_json("widths.json", {"widths": widths})
+        small = job.fresh(widths)
+        stage = Training(small, config.options, steps, machine.world)
+        seconds = job.run(stage, name, small, recorder)
+        rows = [job.judge(name, small, widths, seconds)]
+    job.finish(rows, {name: widths})
+    return rows
+
+
+def run_eval(folder: RunFolder, machine: Machine, network: str | None = None) -> list[Row]:
+    """Evaluate the trained networks of a finished run, or one of them, on its test images.
+
+    Raises:
+        CheckpointError: the folder holds no such run or network.
+    """
+    rows, structures = _finished(folder)
+    trained = {row.network: row.seconds for row in rows}
+    if network is not None and network not in trained:
+        raise CheckpointError(f"{folder.path} trained {', '.join(trained)}, not {network!r}")
+    try:
+        settings = NetworkConfig(**folder.config()["network"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{folder.path / 'config.json'} is not that of a run") from None
+    job = _Job(settings, _open(settings), folder, machine)
+    evaluated = []
+    for name in [network] if network else trained:
+        small = job.extract(job.graph.model, structures[name])
+        folder.read_weights(name, small)
+        evaluated.append(job.judge(name, small, structures[name], trained[name], save=False))
+    return evaluated
+
+
+def _finished(folder: RunFolder) -> tuple[list[Row], dict[str, dict[str, int]]]:
+    """The table of a finished run and the widths of every network in it."""
+    results = folder.read_json("results.json")
+    try:
+        rows = [Row(**row) for row in results["networks"]]
+        return rows, {row.network: results["widths"][row.network] for row in rows}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{folder.path / 'results.json'} is not that of a run") from None
+
+
+def _open(network: NetworkConfig) -> DataSource:
+    data = open_data(network.data, network.image_size, network.holdout, network.seed)
+    if not len(data.test):
+        raise DataError(
+            f"data {network.data!r} has no test images: add test/<class>/ or val/<class>/"
+        )
+    return data
+
+
+def build_network(
+    name: str, options: Mapping[str, float], channels: int, image_size: int, num_classes: int
+) -> nn.Module:
+    """A network by name, for images of this size."""
+    small = image_size <= SMALL_IMAGES
+    return models.build(
+        name, num_classes=num_classes, in_channels=channels, small_images=small, **options
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the phases of a run share."""
+
+    network: NetworkConfig
+    data: DataSource
+    folder: RunFolder
+    machine: Machine
+
+    def build(self) -> nn.Module:
+        """The whole network with fresh weights."""
+        torch.manual_seed(self.network.seed)
+        model = build_network(
+            self.network.model,
+            self.network.model_options,
+            self.data.channels,
+            self.data.image_size,
+            self.data.num_classes,
+        )
+        return self._place(model)
+
+    def fresh(self, widths: Mapping[str, int]) -> nn.Module:
+        """The network of these widths with fresh weights, drawn for these widths."""
+        small = self.extract(self.graph.model, widths)
+        torch.manual_seed(self.network.seed)
+        small.initialise()  # type: ignore[operator]
+        return small
+
+    def extract(self, model: nn.Module, widths: Mapping[str, int]) -> nn.Module:
+        """The network of these widths with the weights of ``model``."""
+        return self._place(extract(replace(self.graph, model=model), widths))
+
+    @cached_property
+    def graph(self) -> ChannelGraph:
+        """The channels of the whole network, traced once: every `build` has the same."""
+        return trace(self.build(), self.example())
+
+    def example(self) -> Tensor:
+        size = self.data.image_size
+        return torch.zeros(2, self.data.channels, size, size, device=self.machine.world.device)
+
+    def steps(self, epochs: int) -> int:
+        per_epoch = len(self.data.train) // self.network.batch_size
+        if not per_epoch:
+            raise DataError(
+                f"{len(self.data.train)} training images are fewer than one batch of "
+                f"{self.network.batch_size}"
+            )
+        return epochs * per_epoch
+
+    def open(self, config: dict[str, Any], holdout: ImageSet | None = None) -> bool:
+        """Take the run folder, the main process first; returns whether the run is finished."""
+        self._stream(1, 0, holdout).close()  # refuses a batch size that fits not, before it writes
+        world = self.machine.world
+        if world.is_main:
+            self.folder.open(config)
+        barrier(world)
+        if not world.is_main:
+            self.folder.open(config, write=False)
+        return (self.folder.path / "results.json").exists()
+
+    def recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
+        """The main process's recorder, None in the others."""
+        if not self.machine.world.is_main:
+            return contextlib.nullcontext()
+        watcher = self.machine.watcher
+        return Recorder(self.folder.path, watcher.record if watcher else None)
+
+    def run(
+        self,
+        stage: Stage,
+        phase: str,
+        model: nn.Module,
+        recorder: Recorder | None,
+        holdout: ImageSet | None = None,
+    ) -> float:
+        """Drive a stage to its end; returns its seconds."""
+        machine = self.machine
+        if self.network.sync_bn:
+            synchronise_batch_norm(model, machine.world)
+        if machine.watcher:
+            bounds = stage.targets.by_metric() if isinstance(stage, Search) else {}
+            machine.watcher.begin(phase, stage.steps, bounds)
+        seconds = run(
+            stage,
+            lambda start: self._stream(stage.steps, start, holdout),
+            phase=phase,
+            checkpoint=self.folder.checkpoint(phase),
+            checkpoint_every=machine.checkpoint_every,
+            log_every=machine.log_every,
+            recorder=recorder,
+            on_step=machine.watcher.step if machine.watcher else None,
+            world=machine.world,
+        )
+        restore_batch_norm(model)
+        return seconds
+
+    def retrain(
+        self,
+        name: str,
+        widths: Mapping[str, int],
+        config: SearchConfig,
+        searched: nn.Module,
+        recorder: Recorder | None,
+    ) -> Row:
+        """Train one structure in the way the run asks for, and evaluate it."""
+        steps, world = self.steps(config.retrain_epochs), self.machine.world
+        if config.retrain == "distil" and name != "dense":
+            small, seconds = self._distil(name, widths, config.train, steps, recorder)
+            return self.judge(name, small, widths, seconds)
+        if config.retrain == "inherit":
+            small = self.extract(searched, widths)
+        else:
+            small = self.fresh(widths)
+        stage = Training(small, config.train, steps, world)
+        seconds = self.run(stage, name, small, recorder)
+        return self.judge(name, small, widths, seconds)
+
+    def judge(
+        self,
+        name: str,
+        small: nn.Module,
+        widths: Mapping[str, int],
+        seconds: float,
+        *,
+        save: bool = True,
+    ) -> Row:
+        """Evaluate a trained network on the test images, and save it."""
+        if save and self.machine.world.is_main:
+            self.folder.write_weights(name, small)
+        macs, params = (cost(self.graph, metric).of(widths) for metric in ("macs", "params"))
+        counted = measured_macs(small, self.example())
+        if counted != macs:
+            raise DmcpError(f"{name}: {macs:,} MACs by the graph, {counted:,} by running it")
+        result = self._evaluate(small)
+        return Row(name, macs, params, result.top1, result.top5, seconds)
+
+    def finish(self, rows: list[Row], structures: Mapping[str, Mapping[str, int]]) -> None:
+        """Write the table, and the widths of every network in it."""
+        if self.machine.world.is_main:
+            networks = [asdict(row) for row in rows]
+            self.folder.write_json("results.json", {"networks": networks, "widths": structures})
+
+    def _distil(
+        self,
+        name: str,
+        widths: Mapping[str, int],
+        options: TrainOptions,
+        steps: int,
+        recorder: Recorder | None,
+    ) -> tuple[nn.Module, float]:
+        model = self.build()
+        # Two groups, so that every unit of at least two channels has a chain to take its width.
+        net = MarkovNet(model, self.example(), groups=2, divisor=1)
+        stage = DistilledTraining(net, widths, options, steps, self.machine.world)
+        seconds = self.run(stage, name, net.model, recorder)
+        small = self._place(extract(net.graph, widths))
+        recalibrate_batch_norm(
+            small, self._batches(self.data.train, min(steps, _RECALIBRATION_BATCHES), 0)
+        )
+        return small, seconds
+
+    def _stream(
+        self, steps: int, start: int, holdout: ImageSet | None
+    ) -> Generator[tuple[Tensor, ...], None, None]:
+        sets = [self.data.train] if holdout is None else [self.data.train, holdout]
+        # Outside the generator, so that what they refuse is refused now.
+        parts = [self._batches(images, steps, start) for images in sets]
+
+        def stream() -> Generator[tuple[Tensor, ...], None, None]:
+            try:
+                for batches in zip(*parts, strict=True):
+                    yield tuple(tensor for batch in batches for tensor in batch)
+            finally:
+                for part in parts:
+                    part.close()
+
+        return stream()
+
+    def _batches(self, images: ImageSet, steps: int, start: int) -> Generator[Batch, None, None]:
+        machine = self.machine
+        return train_stream(
+            images,
+            self.network.batch_size,
+            seed=self.network.seed,
+            steps=steps,
+            start_step=start,
+            world_rank=machine.world.rank,
+            world_size=machine.world.size,
+            workers=machine.workers,
+            device=machine.world.device,
+        )
+
+    def _evaluate(self, model: nn.Module) -> Evaluation:
+        batches = eval_batches(
+            self.data.test, self.network.batch_size, self.machine.workers, self.machine.world.device
+        )
+        return evaluate(model, batches)
+
+    def _place(self, model: nn.Module) -> nn.Module:
+        # Depthwise and pointwise convolutions are several times faster in this format on CPUs.
+        model.to(self.machine.world.device)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _describe(search: Search) -> dict[str, Any]:
+    """What the chains say at the end of a search."""
+    with torch.no_grad():
+        moments = search.net.width_moments(4)
+        costs = {
+            cost.metric: {
+                "budget": bound,
+                "expected": float(cost.mean(moments)),
+                "deviation": max(0.0, float(cost.variance(moments))) ** 0.5,
+            }
+            for cost, bound in zip(search.targets.costs, search.targets.bounds, strict=True)
+        }
+        retain = {
+            unit.name: search.net.chain(unit.name).retain().tolist()
+            for unit in search.net.graph.searchable
+            if len(unit.choices) > 1
+        }
+    choices = {unit.name: unit.choices for unit in search.net.graph.searchable}
+    return {"costs": costs, "choices": choices, "retain": retain}
