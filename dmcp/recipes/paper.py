@@ -24,6 +24,7 @@ _SEARCH = SearchOptions(
     uniform_share=0.778,
     distil=True,
     start=0.5,
+    anneal=0.0,
     arch_optimizer="sgd",
     arch_lr=Schedule(peak=0.5, final=0.1),
     budget_loss="log_l1",

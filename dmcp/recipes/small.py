@@ -9,12 +9,14 @@ from dmcp.train.training import TrainOptions
 
 SMALL_RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
-        search=SearchOptions(),
+        search=SearchOptions(lr=Schedule(peak=0.02, final=0.002), weight_decay=5e-4),
         retrain=TrainOptions(
-            lr=Schedule(peak=0.1, start=0.02, warmup=0.1), weight_decay=5e-4, label_smoothing=0.1
+            lr=Schedule(peak=0.05, start=0.005, warmup=0.1),
+            weight_decay=5e-4,
+            label_smoothing=0.1,
         ),
-        search_epochs=16,
-        retrain_epochs=20,
+        search_epochs=10,
+        retrain_epochs=15,
         batch_size=64,
     ),
     "cifar": Recipe(

@@ -14,8 +14,8 @@ from torch import Tensor
 from dmcp.errors import ConfigError
 
 _MULTIPLIER_RATE, _LARGEST_EXCESS = 0.02, 0.1
-"""Multipliers move per step by this share of ρ (r - 1), which counts no further than ±0.1: what they
-gathered on a long way to the budget would carry the chains past it."""
+"""Multipliers move per step by this share of ρ (r - 1), which counts no further than ±0.1: what
+they gathered on a long way to the budget would carry the chains past it."""
 
 _NEAREST = 1e-3
 """Distance |r - 1| below which ``log_l1`` stops falling, so that it is finite at the budget."""
@@ -32,8 +32,8 @@ class BudgetLoss:
         weight · |r - 1|, weight · (r - 1)².
     ``"augmented_lagrangian"``
         for r <= 1: (max(0, μ + ρ (r - 1))² - μ²) / 2ρ with ρ = ``weight``, and after every step
-        μ <- max(0, μ + 0.02 ρ clamp(r - 1, ±0.1)). The tightest bound is held from both sides (no max), so that
-        it is met exactly; of several bounds the others may end slack.
+        μ <- max(0, μ + 0.02 ρ clamp(r - 1, ±0.1)). The tightest bound is held from both sides (no
+        max), so that it is met exactly; of several bounds the others may end slack.
 
     Args:
         name: one of the above.

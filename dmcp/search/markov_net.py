@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmcp.cost import ChainLayout, width_moments
-from dmcp.errors import TraceError
+from dmcp.errors import ConfigError, TraceError
 from dmcp.graph import ChannelGraph, ChannelUnit, check_widths, trace
 from dmcp.graph.units import AxisMap
 from dmcp.nn import (
@@ -109,9 +109,13 @@ class MarkovNet(nn.Module):
         """Be the sub-network of ``widths`` (None: the widest) while the context is open.
 
         Raises:
-            ConfigError: see `dmcp.graph.check_widths`.
+            ConfigError: see `dmcp.graph.check_widths`; also a narrower width for a unit that has no
+                chain because its grid holds its full width only.
         """
         full = check_widths(self.graph.units, widths or {})
+        for unit in self.graph.units:
+            if full[unit.name] != unit.channels and _key(unit.name) not in self.chains:
+                raise ConfigError(f"widths[{unit.name!r}]: its only choice is {unit.channels}")
         before = {name: chain.width for name, chain in self._named_chains()}
         try:
             self._set_widths(full)

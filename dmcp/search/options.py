@@ -26,8 +26,11 @@ class SearchOptions:
             instead of from the chains. It is 1 until the warm-up ends and falls geometrically with
             progress from there, whatever the batch size.
         distil: the other sub-networks learn the widest one's outputs instead of the labels.
-        start: transition probability of every group at the start, or ``"budget"``: the one at
-            which the expected cost meets the tightest bound.
+        start: transition probability of every group at the start; the paper's α = 0 is 0.5, which
+            lies near the narrowest network.
+        anneal: share of the steps after the warm-up over which a bound falls, geometrically, from
+            the expected cost at the start to the budget. From a wide start the masked network then
+            computes something worth differentiating until the end; 0 is the paper's way.
         arch_optimizer: ``"adam"``, or ``"sgd"`` (Nesterov, momentum 0.9).
         arch_lr: learning rate of α over the steps after the warm-up.
         budget_loss, budget_weight, tolerance: see `BudgetLoss`.
@@ -41,7 +44,8 @@ class SearchOptions:
     random_subnets: int = 2
     uniform_share: float = 0.1
     distil: bool = True
-    start: float | Literal["budget"] = "budget"
+    start: float = 0.98
+    anneal: float = 0.7
     arch_optimizer: Literal["adam", "sgd"] = "adam"
     arch_lr: Schedule = field(default_factory=lambda: Schedule(peak=0.1, final=0.02))
     budget_loss: str = "augmented_lagrangian"
@@ -55,8 +59,10 @@ class SearchOptions:
             raise ConfigError(f"random_subnets must not be negative, got {self.random_subnets!r}")
         if not 0 < self.uniform_share <= 1:
             raise ConfigError(f"uniform_share must lie in (0, 1], got {self.uniform_share!r}")
-        if self.start != "budget" and not (isinstance(self.start, float) and 0 < self.start < 1):
-            raise ConfigError(f"start must be 'budget' or lie in (0, 1), got {self.start!r}")
+        if not isinstance(self.start, float) or not 0 < self.start < 1:
+            raise ConfigError(f"start must lie strictly between 0 and 1, got {self.start!r}")
+        if not 0 <= self.anneal <= 1:
+            raise ConfigError(f"anneal must lie in [0, 1], got {self.anneal!r}")
         if self.arch_optimizer not in ("adam", "sgd"):
             raise ConfigError(
                 f"arch_optimizer must be 'adam' or 'sgd', got {self.arch_optimizer!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,11 +71,10 @@ class Search:
             len(self.targets.bounds),
             net.architecture_parameters()[0].device,
         )
-        start = options.start
-        if start == "budget":
-            start = start_at_budget(net, self.targets)
         for chain in net.chains.values():
-            chain.reset(start)  # type: ignore[operator]
+            chain.reset(options.start)  # type: ignore[operator]
+        with torch.no_grad():
+            self._first_ratios = self.targets.ratios(net.width_moments())
         broadcast_parameters(net, self.world)
 
     @property
@@ -157,19 +156,23 @@ class Search:
         """Continue where `state_dict` was taken.
 
         Raises:
-            CheckpointError: the state is of another stage or another number of steps.
+            CheckpointError: the state is of another stage, network or number of steps.
         """
         if state.get("stage") != "search" or state.get("steps") != self.steps:
             raise CheckpointError(
                 f"the checkpoint is of stage {state.get('stage')!r} with {state.get('steps')} "
                 f"steps, not of a search with {self.steps} steps"
             )
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
-        self.budget_loss.load_state_dict(state["budget_loss"])
-        self.generator.set_state(state["generator"])
-        self.step_index = state["step_index"]
+        try:
+            self.net.load_state_dict(state["net"])
+            # Copies, because an optimiser would keep and update the tensors it is given.
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.arch_optimizer.load_state_dict(copy.deepcopy(state["arch_optimizer"]))
+            self.budget_loss.load_state_dict(state["budget_loss"])
+            self.generator.set_state(state["generator"])
+            self.step_index = state["step_index"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError("the checkpoint is of another network") from error
 
     def _sandwich_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         options = self.options
@@ -210,13 +213,19 @@ class Search:
         self.arch_optimizer.zero_grad(set_to_none=True)
         with _frozen(self.net.weight_parameters()), self.net.masked():
             task = cross_entropy(self.net(images), labels, self.options.label_smoothing)
-            ratios = self.targets.ratios(self.net.width_moments())
+            ratios = self.targets.ratios(self.net.width_moments()) / self._slack(done)
             budget = self.budget_loss(ratios)
             (task + budget).backward()
         average_gradients(self.net.architecture_parameters(), self.world)
         self.arch_optimizer.step()
         self.budget_loss.update(ratios)
         return {"masked_loss": task.detach(), "budget_loss": budget.detach()}
+
+    def _slack(self, done: float) -> Tensor:
+        """By how much the bounds are still relaxed: [B], from E / bound at the start down to 1."""
+        if done >= self.options.anneal:
+            return torch.ones_like(self._first_ratios)
+        return self._first_ratios.clamp(min=1) ** (1 - done / self.options.anneal)
 
     def _uniform_share(self) -> float:
         """The chance that a random sub-network is uniform: 1, then geometric down to the option."""
@@ -244,19 +253,3 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def start_at_budget(net: MarkovNet, targets: Targets, tolerance: float = 1e-3) -> float:
-    """The transition probability, one for all groups, at which the expected cost meets the tightest
-    bound: bisection on its logit. The chains are left at it."""
-    low, high = -12.0, 12.0
-    while high - low > tolerance:
-        middle = (low + high) / 2
-        for chain in net.chains.values():
-            nn.init.constant_(chain.alpha, middle)  # type: ignore[arg-type]
-        if targets.ratios(net.width_moments()).max() > 1:
-            high = middle
-        else:
-            low = middle
-    return 1 / (1 + math.exp(-low))

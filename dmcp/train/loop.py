@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,6 +120,7 @@ def run(
             recorder.record(phase, step, values)
         # After the record: a kill between the two repeats the record, and loses none.
         if saves and checkpoint is not None:
+            _check_finite_state(stage.state_dict(), phase, step, world)
             _save(stage, phase, checkpoint, world, time.perf_counter() - begun)
     barrier(world)
     return time.perf_counter() - begun
@@ -139,6 +140,28 @@ def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
                 f"{phase} diverged: {name} is {value} at step {step}; a lower learning rate or a "
                 "longer warm-up may help"
             )
+
+
+def _check_finite_state(state: dict[str, Any], phase: str, step: int, world: World) -> None:
+    """The metrics are of before the last update, which may have overflowed a weight."""
+    finite = [tensor.isfinite().all() for tensor in _float_tensors(state)]
+    bad = (~torch.stack(finite)).any().to(world.device, torch.float64)
+    if float(all_reduce_sum(bad, world)):
+        raise DivergenceError(
+            f"{phase} diverged: a weight is not finite after step {step}; a lower learning rate or "
+            "a longer warm-up may help"
+        )
+
+
+def _float_tensors(state: object) -> Iterator[Tensor]:
+    if isinstance(state, Tensor) and state.is_floating_point():
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _float_tensors(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _float_tensors(value)
 
 
 def _save(stage: Stage, phase: str, path: Path, world: World, seconds: float) -> None:

@@ -29,7 +29,7 @@ def search_in(folder: Path, *more: str) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert search_in(folder) == 0
+    assert start(folder).wait() == 0
     return folder
 
 

@@ -1,6 +1,6 @@
 """A few steps of a search on one of several processes: ``python search_ranks.py <folder>``.
 
-Saves what it ended with to ``<folder>/<rank>.pt``; test_distributed.py compares it with one process.
+Saves what it ended with to ``<folder>/<rank>.pt``, for test_distributed.py to compare.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dmcp
 from dmcp.errors import BudgetError, CheckpointError, ConfigError
 from dmcp.search import Budget, MarkovNet, Search, SearchOptions
-from dmcp.search.search import start_at_budget
 from dmcp.search.subnets import narrowest, random_subnets
 from dmcp.train.optim import Schedule
 
@@ -252,7 +251,7 @@ def test_the_expected_cost_moves_to_the_budget(make, budget_loss, weight, tolera
     assert dmcp.cost(search.net.graph).of(widths) <= target
 
 
-@pytest.mark.parametrize("start", ["budget", 0.9, 0.99])
+@pytest.mark.parametrize("start", [0.5, 0.9, 0.99])
 def test_the_augmented_lagrangian_keeps_the_expected_cost_below_every_bound(make, start):
     search = make(
         budget=Budget(macs="50%", params="60%"),
@@ -267,17 +266,25 @@ def test_the_augmented_lagrangian_keeps_the_expected_cost_below_every_bound(make
         assert metrics[f"expected_{metric}"].item() <= 1.01 * bound
 
 
-def test_the_start_at_the_budget_meets_the_tightest_bound(make):
-    search = make(budget=Budget(macs="60%", params="30%"))
-    ratios = search.targets.ratios(search.net.width_moments())
-    assert ratios.max().item() == pytest.approx(1, abs=2e-3)
-    assert len(set(alphas(search).tolist())) == 1
-    p = start_at_budget(search.net, search.targets)
-    assert torch.sigmoid(alphas(search)[0]).item() == pytest.approx(p, rel=1e-6)
+def test_bounds_fall_geometrically_from_the_cost_at_the_start(make):
+    search = make(budget=Budget(macs="60%", params="30%"), steps=10, anneal=0.5, start=0.99)
+    first = search.targets.ratios(search.net.width_moments()).detach()
+    assert (first > 1).all()
+    for done, power in ((0.0, 1.0), (0.25, 0.5), (0.5, 0.0), (0.9, 0.0)):
+        torch.testing.assert_close(search._slack(done), first**power)
+    below = make(start=0.01, anneal=0.5)
+    assert below._slack(0.0).tolist() == [1.0]
+
+
+def test_without_annealing_the_budget_holds_from_the_first_step(make):
+    relaxed = make(steps=4, warmup=0.0, start=0.99)
+    strict = make(steps=4, warmup=0.0, start=0.99, anneal=0.0)
+    assert relaxed.step(*batch(0))["budget_loss"].item() == pytest.approx(0, abs=1e-9)
+    assert strict.step(*batch(0))["budget_loss"].item() > 0.1
 
 
 def test_samples_follow_the_chains(make):
-    search = make()
+    search = make(start=0.7)
     generator = torch.Generator().manual_seed(0)
     assert len(search.sample_widths(9, generator)) == 9
     near = search.sample_widths(4, generator, tolerance=0.05)

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from dmcp.cli import main
+from dmcp.models import build
+
+TINY = shlex.split("--model resnet18 --width 0.125 --batch-size 256 --device cpu --divisor 1")
+SEARCH = ["search", *TINY, "--budget", "50%", "--search-epochs", "1", "--retrain-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished search."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*SEARCH, "--quiet", "--log-every", "1", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_search_prints_a_table_and_its_progress(run, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main([*SEARCH, "--no-baselines", "--log-every", "1", "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    (row,) = (line for line in shown.out.splitlines() if "%" in line)
+    top1 = table_of(run)[1]["top1"]
+    assert "DMCP (expected sampling)" in row
+    assert f"{top1:.2%}" in row
+    search, retraining = shown.err.splitlines()
+    assert "5/5" in search
+    assert "E[macs]" in search
+    assert "dmcp" in retraining
+
+
+def table_of(run):
+    return json.loads((run / "results.json").read_text())["networks"]
+
+
+def test_quiet_prints_nothing(run, capfd):
+    assert main([*SEARCH, "--quiet", "--output", str(run)]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_json_prints_one_object(run, capfd):
+    assert main([*SEARCH, "--json", "--output", str(run)]) == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    (line,) = shown.out.splitlines()
+    assert (
+        json.loads(line)["networks"] == json.loads((run / "results.json").read_text())["networks"]
+    )
+
+
+def test_eval_reproduces_the_table(run, capfd):
+    networks = table_of(run)
+    assert main(["eval", str(run), "--json", "--device", "cpu"]) == 0
+    assert json.loads(capfd.readouterr().out)["networks"] == networks
+    assert main(["eval", str(run), "--json", "--network", "uniform"]) == 0
+    assert json.loads(capfd.readouterr().out)["networks"] == networks[2:]
+    assert main(["eval", str(run)]) == 0
+    table = capfd.readouterr().out
+    assert all(f"{row['top1']:.2%}" in table for row in networks)
+
+
+def test_train_whole_and_with_widths(run, tmp_path, capfd):
+    networks = table_of(run)
+    command = shlex.split("train --model resnet18 --width 0.125 --batch-size 256 --epochs 1 --json")
+    whole, pruned = tmp_path / "whole", tmp_path / "pruned"
+    assert main([*command, "--output", str(whole)]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["networks"]
+    assert (row["network"], row["macs"], row["top1"]) == (
+        "dense",
+        networks[0]["macs"],
+        networks[0]["top1"],
+    )
+    widths = ["--widths", str(run / "widths.json")]
+    assert main([*command, *widths, "--output", str(pruned)]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["networks"]
+    assert (row["network"], row["macs"], row["top1"]) == (
+        "pruned",
+        networks[1]["macs"],
+        networks[1]["top1"],
+    )
+
+
+def layer_macs(model, image):
+    """Name -> MACs of every convolution and linear layer, by their shapes as they run."""
+    macs = {}
+
+    def count(name):
+        def hook(module, inputs, output):
+            positions = output[0].numel() // output.shape[1]
+            macs[name] = module.weight.numel() * positions
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count(name))
+    model.eval()(image)
+    return macs
+
+
+def test_inspect_json(capsys):
+    assert main(shlex.split("inspect --model mobilenet_v2 --width 0.25 --json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = build("mobilenet_v2", num_classes=10, in_channels=1, width=0.25, small_images=True)
+    macs = layer_macs(model, torch.zeros(1, 1, 8, 8))
+    total = sum(macs.values())
+    assert found["costs"]["macs"] == total
+    assert found["costs"]["params"] == sum(p.numel() for p in model.parameters())
+    for unit in found["units"]:
+        touched = {member.rsplit(":", 1)[0] for member in unit["members"]} & macs.keys()
+        share = sum(macs[name] for name in touched) / total
+        assert unit["share_of_macs"] == pytest.approx(share), unit["name"]
+        assert unit["choices"][-1] == unit["channels"]
+        assert all(width % 8 == 0 for width in unit["choices"][:-1])
+    assert 1 < sum(unit["share_of_macs"] for unit in found["units"]) <= 2
+    *others, last = found["units"]
+    assert all(unit["searchable"] and not unit["reason"] for unit in others)
+    assert (last["name"], last["searchable"], last["choices"]) == ("fc", False, [10])
+    assert "outputs" in last["reason"]
+
+
+def test_inspect_table(capsys):
+    assert main(shlex.split("inspect --model resnet18 --width 0.125 --divisor 1 --groups 4")) == 0
+    table = capsys.readouterr().out
+    assert "layer4.0.conv1" in table
+    assert "16 32 48 64" in table
+    assert "macs 545,920" in table
+    assert "outputs" in table
+
+
+def png(path, size=(12, 12), color=(200, 20, 20)):
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new("RGB", size, color).save(path)
+
+
+def image_folder(folder, classes=("cat", "dog"), count=12):
+    for part in ("train", "test"):
+        for name in classes:
+            for index in range(count):
+                png(folder / part / name / f"{index:02}.png", color=(9 * index, 20, len(name)))
+    return str(folder)
+
+
+def refusal(arguments, capfd):
+    """The one line on stderr that a command ends with."""
+    assert main(arguments) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("dmcp: ")
+    assert shown.err.count("\n") == 1, shown.err
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--budget 200%", "above the full network's 545,920"),
+        ("--budget 1e12", "above the full network's"),
+        ("--budget 1K", "below the narrowest network's"),
+        ("--budget half", "must be a number, or a string such as '210M'"),
+        ("--budget 1.2.3M", "got '1.2.3M'"),
+        ("--budget -5", "must be positive and finite"),
+        ("--budget nan", "must be positive and finite"),
+        ("--budget 0", "must be positive and finite"),
+        ("--budget-params 101%", "budget params='101%'"),
+        ("--model vgg", "unknown model 'vgg': the models are"),
+        ("--recipe imagenet", "unknown recipe 'imagenet'; there are digits"),
+        ("--data nowhere", "unknown data 'nowhere': neither 'digits' nor a folder"),
+        ("--search-epochs 0", "search_epochs must be at least 1, got 0"),
+        ("--retrain-epochs 0", "retrain_epochs must be at least 1, got 0"),
+        ("--batch-size 5000", "1295 training images are fewer than one batch of 5000"),
+        ("--batch-size 1", "batch_size must be at least 2, got 1"),
+        ("--batch-size many", "'many' is not a valid integer"),
+        ("--retrain magic", "'magic' is not one of 'scratch', 'inherit', 'distil'"),
+        ("--arch-data holdout", "fewer than one batch of 256"),
+        ("--arch-data holdout --holdout 0", "needs a holdout above 0"),
+        ("--holdout 1", "holdout must be at least 0 and below 1"),
+        ("--image-size 4", "image_size must be 8 to 1024 pixels, got 4"),
+        ("--width nan", "width is nan"),
+        ("--groups 0", "groups must be an int of at least 1, got 0"),
+        ("--divisor 0", "divisor must be an int of at least 1, got 0"),
+        ("--seed -1", "seed must not be negative, got -1"),
+        ("--device tpu", "--device must be cpu, cuda or cuda:<number>, got 'tpu'"),
+        ("--checkpoint-every 0", "checkpoint_every must be at least 1, got 0"),
+        ("--log-every 0", "log_every must be at least 1, got 0"),
+        ("--workers -1", "workers must be at least 0, got -1"),
+        ("--colour red", "No such option"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, capfd, options, said):
+    output = tmp_path / "run"
+    arguments = [*SEARCH, *shlex.split(options), "--output", str(output)]
+    assert said in refusal(arguments, capfd)
+    assert not output.exists()
+
+
+def test_missing_options_are_one_line(tmp_path, capfd):
+    output = ["--output", str(tmp_path / "run")]
+    assert "search needs --budget" in refusal(["search", *TINY, *output], capfd)
+    assert "--model is missing" in refusal(["search", "--budget", "50%", *output], capfd)
+    assert "--output" in refusal(SEARCH, capfd)
+    assert "No such command 'prune'" in refusal(["prune"], capfd)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_line(run, tmp_path, capfd):
+    output = ["--device", "cuda", "--output", str(tmp_path / "run")]
+    assert "no CUDA GPU" in refusal([*SEARCH, *output], capfd)
+    assert "no CUDA GPU" in refusal(["eval", str(run), "--device", "cuda:1"], capfd)
+
+
+def test_an_output_that_cannot_be_is_one_line(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal([*SEARCH, "--output", str(tmp_path / "file")], capfd)
+    assert "file" in refusal([*SEARCH, "--output", str(tmp_path / "file" / "run")], capfd)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b'{"widths": 3}', b'{"units": {}}', b"\xff\xfe\x00", b'{"widths": {'],
+)
+def test_bad_widths_are_one_line(tmp_path, capfd, content):
+    path = tmp_path / "widths.json"
+    path.write_bytes(content)
+    command = ["train", *TINY[:-2], "--widths", str(path), "--output", str(tmp_path / "run")]
+    assert f"{path} is not a widths.json" in refusal(command, capfd)
+
+
+@pytest.mark.parametrize("width", [0, 9, 1.5, True, "4", None])
+def test_impossible_widths_are_one_line(tmp_path, capfd, width):
+    path = tmp_path / "widths.json"
+    path.write_text(json.dumps({"widths": {"conv1": width}}))
+    command = ["train", *TINY[:-2], "--widths", str(path), "--output", str(tmp_path / "run")]
+    assert "widths['conv1'] must" in refusal(command, capfd)
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_of_no_run_is_one_line(run, tmp_path, capfd):
+    assert "is not a finished run" in refusal(["eval", str(tmp_path / "none")], capfd)
+    error = refusal(["eval", str(run), "--network", "pruned"], capfd)
+    assert "trained dense, dmcp, uniform, not 'pruned'" in error
+
+
+FOLDER = shlex.split("--batch-size 8 --image-size 8 --holdout 0.25")
+
+
+def test_bad_image_folders_are_one_line(tmp_path, capfd):
+    output = tmp_path / "run"
+    command = [*SEARCH, *FOLDER, "--output", str(output), "--data"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no folder train/" in refusal([*command, str(empty)], capfd)
+    (empty / "train" / "cat").mkdir(parents=True)
+    (empty / "train" / "dog").mkdir(parents=True)
+    assert "no images" in refusal([*command, str(empty)], capfd)
+    one = image_folder(tmp_path / "one", ["cat"])
+    assert "has 1 class folders: at least 2 are needed" in refusal([*command, one], capfd)
+    untested = tmp_path / "untested"
+    for name in ("cat", "dog"):
+        for index in range(12):
+            png(untested / "train" / name / f"{index}.png")
+    assert "no test images" in refusal([*command, str(untested)], capfd)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_corrupt_image_is_one_line_and_can_be_repaired(tmp_path, capfd, workers):
+    data = image_folder(tmp_path / "data")
+    pictures = {path: path.read_bytes() for path in (tmp_path / "data" / "train" / "dog").iterdir()}
+    for path, content in pictures.items():
+        path.write_bytes(content[:40])
+    options = [*FOLDER, "--data", data, "--workers", workers, "--no-baselines", "--quiet"]
+    command = [*SEARCH, *options, "--output", str(tmp_path / "run")]
+    error = refusal(command, capfd)
+    assert "cannot read image" in error
+    assert any(str(path) in error for path in pictures)
+    assert not (tmp_path / "run" / "results.json").exists()
+    for path, content in pictures.items():
+        path.write_bytes(content)
+    assert main(command) == 0
+
+
+def test_a_corrupt_first_image_leaves_no_folder(tmp_path, capfd):
+    data = image_folder(tmp_path / "data")
+    (tmp_path / "data" / "train" / "cat" / "00.png").write_bytes(b"no image")
+    command = [*SEARCH, "--batch-size", "8", "--data", data, "--output", str(tmp_path / "run")]
+    assert "cannot read image" in refusal(command, capfd)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_takes_the_width_of_its_own_recipe_only(capsys):
+    inspect = shlex.split("inspect --recipe mobilenet_v2-211M --json")
+    assert main(inspect) == 0
+    assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 48
+    assert main([*inspect, "--width", "0.5"]) == 0
+    assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 16
+    assert main([*inspect, "--model", "resnet18"]) == 0
+    assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 64
+
+
+@pytest.mark.parametrize("command", ["", "search", "train", "eval", "inspect"])
+def test_help(capsys, command):
+    assert main([*command.split(), "--help"]) == 0
+    assert "Usage: dmcp" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+WITHOUT_EXTRAS = """
+import contextlib, io, json, sys
+
+class Missing:
+    package = None
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ImportError(f"no {name}")
+
+missing = Missing()
+sys.meta_path.insert(0, missing)
+from dmcp.cli import main
+
+said = {}
+for package, arguments in json.loads(sys.argv[1]):
+    missing.package = package
+    error, out = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(out):
+        code = main(arguments)
+    said[package] = (code, out.getvalue(), error.getvalue())
+print(json.dumps(said))
+"""
+
+
+def test_missing_extras_are_one_line(tmp_path):
+    """Before anything is written."""
+    data = image_folder(tmp_path / "data")
+    search = [*SEARCH, "--output", str(tmp_path / "run")]
+    folder = ["inspect", "--model", "resnet18", "--width", "0.125", "--data", data]
+    cases = [("click", search), ("rich", search), ("sklearn", search), ("PIL", folder)]
+    cases += [("kornia", search), ("safetensors", search)]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    said = json.loads(done.stdout)
+    assert len(said) == len(cases)
+    for package, (code, out, error) in said.items():
+        assert (code, out) == (2, "")
+        assert error.count("\n") == 1
+        assert f"needs the package {package!r}: pip install 'dmcp[cli]'" in error
+    assert not (tmp_path / "run").exists()
