@@ -22,8 +22,6 @@ from dmcp import recipes
 from dmcp.runs import Machine, NetworkConfig, RunFolder, SearchConfig, run_search
 from dmcp.train import World
 
-SEARCH_EPOCHS, RETRAIN_EPOCHS = 16, 25
-
 
 def cell(budget: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """One search, and the networks it trained, by name."""
@@ -31,8 +29,8 @@ def cell(budget: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
     config = SearchConfig(
         network=NetworkConfig("mobilenet_v2", "digits", recipe.batch_size, seed=seed),
         budget=dmcp.Budget(macs=budget),
-        search_epochs=SEARCH_EPOCHS,
-        retrain_epochs=RETRAIN_EPOCHS,
+        search_epochs=recipe.search_epochs,
+        retrain_epochs=recipe.retrain_epochs,
         search=recipe.search,
         train=recipe.retrain,
     )
@@ -66,8 +64,7 @@ def main() -> None:
             )
     if arguments.json:
         machine = {"torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-        epochs = {"search_epochs": SEARCH_EPOCHS, "retrain_epochs": RETRAIN_EPOCHS}
-        result = {"seeds": arguments.seeds, **epochs, **machine, "table": table}
+        result = {"seeds": arguments.seeds, **machine, "table": table}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -61,7 +61,7 @@ _network_options = _options(
     click.option("--width", type=float, help="Width multiplier of the whole network."),
     click.option("--data", default="digits", help="'digits', or a folder with train/ and test/."),
     click.option("--image-size", type=int, help="Side of the images in pixels.  [the data's own]"),
-    click.option("--holdout", type=float, default=0.1, help="Share of training images kept aside."),
+    click.option("--holdout", type=float, default=0.0, help="Share of training images kept aside."),
     click.option("--recipe", help=f"One of {', '.join(recipes.names())}.  [by the data]"),
     click.option("--batch-size", type=int, help="Images per step over all processes.  [recipe]"),
     click.option("--seed", type=int, default=0),
@@ -135,8 +135,8 @@ def search(
     )
     with _machine(options, quiet=quiet or as_json) as machine:
         rows = run_search(config, RunFolder(output), machine)
-        if machine.world.is_main:
-            show_rows(rows, as_json=as_json, quiet=quiet)
+    if machine.world.is_main:
+        show_rows(rows, as_json=as_json, quiet=quiet)
 
 
 @commands.command()
@@ -170,8 +170,8 @@ def train(
     )
     with _machine(options, quiet=quiet or as_json) as machine:
         rows = run_train(config, RunFolder(output), machine)
-        if machine.world.is_main:
-            show_rows(rows, as_json=as_json, quiet=quiet)
+    if machine.world.is_main:
+        show_rows(rows, as_json=as_json, quiet=quiet)
 
 
 @commands.command("eval")
@@ -228,6 +228,7 @@ def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
         image_size=options["image_size"],
         holdout=options["holdout"],
         batch_size=_or(options["batch_size"], recipe.batch_size),
+        crop_scale=recipe.crop_scale,
         seed=options["seed"],
         sync_bn=options.get("sync_bn", False),
     )

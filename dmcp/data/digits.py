@@ -17,7 +17,7 @@ MEAN, STD = 0.306, 0.376
 
 
 def open_digits(image_size: int | None, holdout: float, seed: int) -> DataSource:
-    """The digits as a :class:`DataSource`; see :func:`dmcp.data.open_data`."""
+    """The digits as a `DataSource`; see `dmcp.data.open_data`."""
     bundled = require("sklearn.datasets", "cli", "the digits data set").load_digits()
     size = image_size or 8
     images = torch.from_numpy(bundled.images).float()[:, None] * (255 / 16)

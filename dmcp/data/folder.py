@@ -27,7 +27,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 def open_folder(folder: Path, image_size: int | None, holdout: float, seed: int) -> DataSource:
-    """An image folder as a :class:`DataSource`; see :func:`dmcp.data.open_data`."""
+    """An image folder as a `DataSource`; see `dmcp.data.open_data`."""
     if not (folder / "train").is_dir():
         raise DataError(f"no folder train/ in {str(folder)!r}: expected train/<class>/<images>")
     classes = _class_names(folder / "train")
@@ -56,7 +56,7 @@ class FolderImages(ImageSet):
     """Image files, decoded when asked for.
 
     Args:
-        files: paths as bytes, one NumPy array [N] (see :func:`_pack`).
+        files: paths as bytes, one NumPy array [N] (see `_pack`).
         labels: class indices, int64 [N].
         format: how the images become a network's input.
         short_side: what an image's shorter side is resized to, in pixels.

@@ -53,7 +53,7 @@ def train_stream(
         world_size: number of processes; divides ``batch_size``.
         workers: processes that decode images; a set held in memory is read without them.
         device: where batches are put and augmented.
-        augment: change images at random, as suits the set (see :mod:`dmcp.data.augment`).
+        augment: change images at random, as suits the set (see `dmcp.data.augment`).
         crop_scale: smallest share of the area that a random resized crop keeps, in (0, 1].
 
     Returns:

@@ -132,6 +132,8 @@ def _batch_norm(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     name = owners.pop()
     if not isinstance(tracer.module(name), nn.BatchNorm2d):
         raise UnsupportedError(f"{type(tracer.module(name)).__name__} is not supported")
+    if not isinstance(args[1], Parameter):
+        raise UnsupportedError("without weight and bias it turns a zeroed channel into -mean / std")
     if x.axis != 1 or call.module != name:
         raise UnsupportedError("it works on other channels than those of its own module")
     tracer.visit_norm(name, x.slots)
@@ -219,7 +221,7 @@ def _spatial(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
 @rule(aten.mean.dim)
 def _mean(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
     x = _require_value(args[0], "the input")
-    dims = {dim % len(x.shape) for dim in args[1]}
+    dims = {dim % len(x.shape) for dim in args[1] or range(len(x.shape))}
     if x.axis in dims or 0 in dims:
         raise UnsupportedError(f"a mean over dimensions {sorted(dims)} mixes channels or images")
     axis = x.axis if args[2] else x.axis - sum(dim < x.axis for dim in dims)
@@ -301,6 +303,8 @@ def _cat(tracer: Tracer, call: Call, args: Sequence[Any]) -> Value:
         raise UnsupportedError("its operands hold channels on different dimensions")
     if dim == parts[0].axis:
         return tracer.emit(call, "join", parts, dim, np.concatenate([p.slots for p in parts]))
+    if dim == 0:
+        raise UnsupportedError("it joins batches: costs per image would depend on their number")
     for part in parts[1:]:
         tracer.table.equate(parts[0].slots, part.slots)
     return tracer.emit(call, "join", parts, parts[0].axis, parts[0].slots)

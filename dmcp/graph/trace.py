@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
 
 from dmcp.errors import TraceError
 from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, Node, NodeKind
+from dmcp.graph.extract import extract
 from dmcp.graph.rules import RULES, Parameter, UnsupportedError, Value
 from dmcp.graph.slots import Slots, SlotTable
 from dmcp.graph.units import FIXED, AxisMap, ChannelUnit, Member
@@ -27,7 +30,8 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Chan
 
     The model is captured by ``torch.export`` in evaluation mode: every operator with its exact
     arguments, every parameter by name. Channels are then followed through the operators by one
-    rule each (`dmcp.graph.rules`). The model itself is neither changed nor copied.
+    rule each (`dmcp.graph.rules`), and the narrowest network is run once on the example, which
+    finds channel counts that are written into the code. The model itself is not changed.
 
     Args:
         model: the network; its first input holds channels on dimension 1.
@@ -35,8 +39,9 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Chan
             224)``, or a tuple of positional inputs. Costs refer to this image size.
 
     Raises:
-        TraceError: the model cannot be captured, or holds an operator, a layer or a shared
-            parameter that is not understood; the message names the module.
+        TraceError: the model cannot be captured, holds an operator, a layer or a shared parameter
+            that is not understood, or fails once channels are removed; the message names the
+            module.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     _refuse_tied_parameters(model)
@@ -44,7 +49,9 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Chan
     tracer = Tracer(model)
     tracer.run(program)
     _refuse_unvisited_parameters(model, tracer)
-    return tracer.graph()
+    graph = tracer.graph()
+    _refuse_fixed_sizes(graph, inputs)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -178,19 +185,53 @@ class Tracer:
 
 
 def _capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    try:
+        with _evaluating(model):
+            return torch.export.export(model, inputs, strict=False)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return torch.export.export(model, inputs, strict=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise TraceError(
-            f"{type(model).__name__} cannot be captured by torch.export: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _refuse_fixed_sizes(graph: ChannelGraph, inputs: tuple[Tensor, ...]) -> None:
+    """Run the network with one channel per unit: sizes in a captured program are numbers, so only
+    this tells whether they were computed or written into the code."""
+    name = type(graph.model).__name__
+    narrowest = extract(graph, {unit.name: 1 for unit in graph.searchable}).eval()
+    with torch.no_grad(), _evaluating(graph.model):
+        expected = _shapes(graph.model(*inputs))
+        try:
+            shapes = _shapes(narrowest(*inputs))
+        except Exception as error:
+            raise TraceError(
+                f"{name}: the forward pass fails once channels are removed ({_first_line(error)}): "
+                "is a channel count written into it, in a reshape for example?"
+            ) from error
+    if shapes != expected:
+        raise TraceError(
+            f"{name}: the outputs change from {expected} to {shapes} once channels are removed: "
+            "is a channel count written into a reshape?"
+        )
+
+
+def _shapes(outputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _refuse_tied_parameters(model: nn.Module) -> None:

@@ -42,7 +42,7 @@ def retain(alpha: Tensor, offsets: Tensor) -> Tensor:
 
 
 def retain_reference(alpha: Tensor, offsets: Tensor) -> Tensor:
-    """What :func:`retain` computes, in plain PyTorch operations that autograd can differentiate.
+    """What `retain` computes, in plain PyTorch operations that autograd can differentiate.
 
     A scan by doubling: after the step of distance d, position k holds the product of the up to 2d
     positions that end in k, none of them outside its chain.

@@ -25,6 +25,7 @@ _SEARCH = SearchOptions(
     distil=True,
     start=0.5,
     anneal=0.0,
+    match_scale=False,
     arch_optimizer="sgd",
     arch_lr=Schedule(peak=0.5, final=0.1),
     budget_loss="log_l1",
@@ -43,6 +44,7 @@ _RESNET = Recipe(
     search_epochs=40,
     retrain_epochs=100,
     batch_size=2048,
+    crop_scale=0.08,
     groups=10,
     divisor=1,
 )
@@ -57,6 +59,7 @@ _MOBILENET = Recipe(
     search_epochs=40,
     retrain_epochs=250,
     batch_size=2048,
+    crop_scale=0.08,
     groups=15,
     divisor=1,
     model="mobilenet_v2",

@@ -18,6 +18,7 @@ class Recipe:
         retrain: options of the retraining.
         search_epochs, retrain_epochs: lengths in epochs of the training set.
         batch_size: images per step, over all processes.
+        crop_scale: smallest share of an image's area that a random crop keeps.
         groups, divisor: the width grid, see `dmcp.nn.width_choices`.
         model: name of the searched network, None where the recipe suits any.
         model_options: keyword arguments of that network.
@@ -29,6 +30,7 @@ class Recipe:
     search_epochs: int
     retrain_epochs: int
     batch_size: int
+    crop_scale: float = 0.25
     groups: int = 10
     divisor: int = 8
     model: str | None = None

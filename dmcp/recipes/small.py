@@ -15,8 +15,8 @@ SMALL_RECIPES: dict[str, Recipe] = {
             weight_decay=5e-4,
             label_smoothing=0.1,
         ),
-        search_epochs=10,
-        retrain_epochs=15,
+        search_epochs=12,
+        retrain_epochs=20,
         batch_size=64,
     ),
     "cifar": Recipe(

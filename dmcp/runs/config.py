@@ -26,6 +26,7 @@ class NetworkConfig:
         holdout: share of the training images kept aside.
         batch_size: images per step, over all processes.
         seed: of weights, data order, augmentation and sub-networks.
+        crop_scale: smallest share of an image's area that a random crop keeps (above 64 pixels).
         sync_bn: whether batch norms see the batches of all processes.
     """
 
@@ -34,7 +35,8 @@ class NetworkConfig:
     batch_size: int
     model_options: Mapping[str, float] = field(default_factory=dict)
     image_size: int | None = None
-    holdout: float = 0.1
+    holdout: float = 0.0
+    crop_scale: float = 0.25
     seed: int = 0
     sync_bn: bool = False
 

@@ -164,6 +164,7 @@ def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[
         if machine.world.is_main:
             folder.write_json("widths.json", {"widths": widths})
         small = job.fresh(widths)
+        job.check_macs(name, small, widths)
         stage = Training(small, config.options, steps, machine.world)
         seconds = job.run(stage, name, small, recorder)
         rows = [job.judge(name, small, widths, seconds)]
@@ -330,6 +331,7 @@ class _Job:
     ) -> Row:
         """Train one structure in the way the run asks for, and evaluate it."""
         steps, world = self.steps(config.retrain_epochs), self.machine.world
+        self.check_macs(name, self.extract(searched, widths), widths)
         if config.retrain == "distil" and name != "dense":
             small, seconds = self._distil(name, widths, config.train, steps, recorder)
             return self.judge(name, small, widths, seconds)
@@ -340,6 +342,13 @@ class _Job:
         stage = Training(small, config.train, steps, world)
         seconds = self.run(stage, name, small, recorder)
         return self.judge(name, small, widths, seconds)
+
+    def check_macs(self, name: str, small: nn.Module, widths: Mapping[str, int]) -> None:
+        """Hold the graph's MACs against a count of the network as it runs, before training it."""
+        macs = cost(self.graph, "macs").of(widths)
+        counted = measured_macs(small, self.example())
+        if counted != macs:
+            raise DmcpError(f"{name}: {macs:,} MACs by the graph, {counted:,} by running it")
 
     def judge(
         self,
@@ -354,9 +363,6 @@ class _Job:
         if save and self.machine.world.is_main:
             self.folder.write_weights(name, small)
         macs, params = (cost(self.graph, metric).of(widths) for metric in ("macs", "params"))
-        counted = measured_macs(small, self.example())
-        if counted != macs:
-            raise DmcpError(f"{name}: {macs:,} MACs by the graph, {counted:,} by running it")
         result = self._evaluate(small)
         return Row(name, macs, params, result.top1, result.top5, seconds)
 
@@ -380,9 +386,10 @@ class _Job:
         stage = DistilledTraining(net, widths, options, steps, self.machine.world)
         seconds = self.run(stage, name, net.model, recorder)
         small = self._place(extract(net.graph, widths))
-        recalibrate_batch_norm(
-            small, self._batches(self.data.train, min(steps, _RECALIBRATION_BATCHES), 0)
-        )
+        # Every process sees whole batches here, so that all get the statistics of one process.
+        whole = replace(self.machine.world, rank=0, size=1)
+        batches = min(steps, _RECALIBRATION_BATCHES)
+        recalibrate_batch_norm(small, self._batches(self.data.train, batches, 0, whole))
         return small, seconds
 
     def _stream(
@@ -390,7 +397,7 @@ class _Job:
     ) -> Generator[tuple[Tensor, ...], None, None]:
         sets = [self.data.train] if holdout is None else [self.data.train, holdout]
         # Outside the generator, so that what they refuse is refused now.
-        parts = [self._batches(images, steps, start) for images in sets]
+        parts = [self._batches(images, steps, start, self.machine.world) for images in sets]
 
         def stream() -> Generator[tuple[Tensor, ...], None, None]:
             try:
@@ -402,18 +409,20 @@ class _Job:
 
         return stream()
 
-    def _batches(self, images: ImageSet, steps: int, start: int) -> Generator[Batch, None, None]:
-        machine = self.machine
+    def _batches(
+        self, images: ImageSet, steps: int, start: int, world: World
+    ) -> Generator[Batch, None, None]:
         return train_stream(
             images,
             self.network.batch_size,
             seed=self.network.seed,
             steps=steps,
             start_step=start,
-            world_rank=machine.world.rank,
-            world_size=machine.world.size,
-            workers=machine.workers,
-            device=machine.world.device,
+            world_rank=world.rank,
+            world_size=world.size,
+            workers=self.machine.workers,
+            device=world.device,
+            crop_scale=self.network.crop_scale,
         )
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
@@ -443,7 +452,6 @@ def _describe(search: Search) -> dict[str, Any]:
         retain = {
             unit.name: search.net.chain(unit.name).retain().tolist()
             for unit in search.net.graph.searchable
-            if len(unit.choices) > 1
         }
     choices = {unit.name: unit.choices for unit in search.net.graph.searchable}
     return {"costs": costs, "choices": choices, "retain": retain}

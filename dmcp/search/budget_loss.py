@@ -31,9 +31,10 @@ class BudgetLoss:
     ``"l1"``, ``"l2"``
         weight · |r - 1|, weight · (r - 1)².
     ``"augmented_lagrangian"``
-        for r <= 1: (max(0, μ + ρ (r - 1))² - μ²) / 2ρ with ρ = ``weight``, and after every step
-        μ <- max(0, μ + 0.02 ρ clamp(r - 1, ±0.1)). The tightest bound is held from both sides (no
-        max), so that it is met exactly; of several bounds the others may end slack.
+        of the constraint r <= 1: (max(0, μ + ρ (r - 1))² - μ²) / 2ρ with ρ = ``weight``, and after
+        every step μ <- max(0, μ + 0.02 ρ clamp(r - 1, ±0.1)). The tightest bound is an equality: it
+        is held from both sides, without the two max, so that it is met exactly. Of several bounds
+        the others may end slack.
 
     Args:
         name: one of the above.

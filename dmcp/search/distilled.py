@@ -12,7 +12,7 @@ from dmcp.errors import CheckpointError, ConfigError
 from dmcp.graph import check_widths
 from dmcp.search.markov_net import MarkovNet
 from dmcp.train.distributed import World, average_gradients, broadcast_parameters
-from dmcp.train.loss import cross_entropy, distillation
+from dmcp.train.loss import accuracy, cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 from dmcp.train.training import TrainOptions
 
@@ -73,7 +73,7 @@ class DistilledTraining:
         self.step_index += 1
         return {
             "loss": loss.detach(),
-            "accuracy": (logits.argmax(1) == labels).float().mean(),
+            "accuracy": accuracy(logits.detach(), labels),
             "teacher_loss": teacher_loss.detach(),
         }
 

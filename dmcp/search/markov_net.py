@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmcp.cost import ChainLayout, width_moments
-from dmcp.errors import ConfigError, TraceError
+from dmcp.errors import TraceError
 from dmcp.graph import ChannelGraph, ChannelUnit, check_widths, trace
 from dmcp.graph.units import AxisMap
 from dmcp.nn import (
@@ -72,7 +72,6 @@ class MarkovNet(nn.Module):
                     unit.channels, choices=unit.choices, device=first.device
                 )
                 for unit in self.graph.searchable
-                if len(unit.choices) > 1
             }
         )
         if not len(self.chains):
@@ -109,13 +108,9 @@ class MarkovNet(nn.Module):
         """Be the sub-network of ``widths`` (None: the widest) while the context is open.
 
         Raises:
-            ConfigError: see `dmcp.graph.check_widths`; also a narrower width for a unit that has no
-                chain because its grid holds its full width only.
+            ConfigError: see `dmcp.graph.check_widths`.
         """
         full = check_widths(self.graph.units, widths or {})
-        for unit in self.graph.units:
-            if full[unit.name] != unit.channels and _key(unit.name) not in self.chains:
-                raise ConfigError(f"widths[{unit.name!r}]: its only choice is {unit.channels}")
         before = {name: chain.width for name, chain in self._named_chains()}
         try:
             self._set_widths(full)
@@ -226,6 +221,9 @@ def _key(unit: str) -> str:
 def _on_grid(unit: ChannelUnit, groups: int, divisor: int, min_width: int) -> ChannelUnit:
     grid = set(width_choices(unit.channels, groups, divisor, min_width))
     choices = tuple(width for width in unit.choices if width in grid)
+    if unit.searchable and len(choices) == 1:
+        reason = "no narrower width lies on its grid"
+        return replace(unit, choices=choices, searchable=False, reason=reason)
     return replace(unit, choices=choices)
 
 

@@ -13,8 +13,8 @@ from dmcp.train.optim import Schedule
 class SearchOptions:
     """Everything about a search but the network, the budget and the number of steps.
 
-    The defaults are those that searched best on small data; `SearchOptions.paper` gives the
-    published values.
+    The defaults are meant for short runs on small data; the published values are in the paper's
+    recipes, e.g. ``dmcp.recipes.get("resnet50-2.2G").search``.
 
     Attributes:
         warmup: share of the steps that only train weights (stage 1 alone).
@@ -31,6 +31,9 @@ class SearchOptions:
         anneal: share of the steps after the warm-up over which a bound falls, geometrically, from
             the expected cost at the start to the budget. From a wide start the masked network then
             computes something worth differentiating until the end; 0 is the paper's way.
+        match_scale: the task loss of the masked network sees its logits at the scale of the widest
+            network's. Retain probabilities in front of the classifier shrink the logits, which
+            training a structure would undo; without this, as in the paper, they stay near 1.
         arch_optimizer: ``"adam"``, or ``"sgd"`` (Nesterov, momentum 0.9).
         arch_lr: learning rate of α over the steps after the warm-up.
         budget_loss, budget_weight, tolerance: see `BudgetLoss`.
@@ -46,8 +49,9 @@ class SearchOptions:
     distil: bool = True
     start: float = 0.98
     anneal: float = 0.7
+    match_scale: bool = True
     arch_optimizer: Literal["adam", "sgd"] = "adam"
-    arch_lr: Schedule = field(default_factory=lambda: Schedule(peak=0.1, final=0.02))
+    arch_lr: Schedule = field(default_factory=lambda: Schedule(peak=0.05, final=0.01))
     budget_loss: str = "augmented_lagrangian"
     budget_weight: float = 10.0
     tolerance: float = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dmcp.errors import SamplingError
+from dmcp.errors import ConfigError, SamplingError
 from dmcp.search.budget import Targets
 from dmcp.search.markov_net import MarkovNet
 
@@ -112,7 +112,10 @@ def sample_within(
 
     Raises:
         SamplingError: none was found; the message says what was.
+        ConfigError: ``count`` or ``max_draws`` below 1.
     """
+    if count < 1 or max_draws < 1:
+        raise ConfigError(f"count and max_draws must be at least 1, got {count} and {max_draws}")
     found: list[Tensor] = []
     closest, draws = float("inf"), 0
     while sum(map(len, found)) < count and draws < max_draws:

@@ -18,7 +18,7 @@ from dmcp.search.options import SearchOptions
 from dmcp.search.sampling import Samples, draw_widths, expected_widths, sample_within
 from dmcp.search.subnets import narrowest, random_subnets
 from dmcp.train.distributed import World, average_gradients, broadcast_parameters
-from dmcp.train.loss import cross_entropy, distillation
+from dmcp.train.loss import accuracy, cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 
 
@@ -182,6 +182,7 @@ class Search:
         loss = cross_entropy(logits, labels, options.label_smoothing)
         loss.backward()
         teacher = logits.detach()
+        self._logit_scale = teacher.std()
         others = [narrowest(self.net)]
         others += random_subnets(
             self.net, options.random_subnets, self._uniform_share(), self.generator
@@ -191,7 +192,7 @@ class Search:
         self.optimizer.step()
         return {
             "loss": loss.detach(),
-            "accuracy": (teacher.argmax(1) == labels).float().mean(),
+            "accuracy": accuracy(teacher, labels),
             "subnet_loss": torch.stack(other_losses).mean(),
         }
 
@@ -212,7 +213,10 @@ class Search:
         set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
         self.arch_optimizer.zero_grad(set_to_none=True)
         with _frozen(self.net.weight_parameters()), self.net.masked():
-            task = cross_entropy(self.net(images), labels, self.options.label_smoothing)
+            logits = self.net(images)
+            if self.options.match_scale:
+                logits = logits * (self._logit_scale / logits.std())
+            task = cross_entropy(logits, labels, self.options.label_smoothing)
             ratios = self.targets.ratios(self.net.width_moments()) / self._slack(done)
             budget = self.budget_loss(ratios)
             (task + budget).backward()

@@ -24,7 +24,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         state: tensors, numbers, strings, booleans and ``None`` in dicts, lists and tuples.
 
     Raises:
-        CheckpointError: ``state`` holds anything else, which :func:`load` would refuse.
+        CheckpointError: ``state`` holds anything else, which `load` would refuse.
     """
     _check_plain(state, "state")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def partial_path(path: Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote, with every tensor on the CPU.
+    """Read what `save` wrote, with every tensor on the CPU.
 
     Raises:
         CheckpointError: the file is missing, truncated, altered, or not a checkpoint, or it holds

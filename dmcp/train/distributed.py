@@ -2,7 +2,7 @@
 
 One process drives one device. With equal shards and per-process mean losses, averaged gradients
 and synchronised batch normalisation give the update of one process on the whole batch. Everything
-here does nothing, and needs no process group, in a :class:`World` of one.
+here does nothing, and needs no process group, in a `World` of one.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """The sum of ``tensor`` over the processes, as a new tensor in each.
 
     Differentiable: the gradient is that of the sum of all the processes' losses, which is what
-    :func:`average_gradients` divides by their number.
+    `average_gradients` divides by their number.
     """
     if world.size == 1:
         return tensor
@@ -150,7 +150,7 @@ def synchronised_batch_norm(
     eps: float,
     world: World,
 ) -> Tensor:
-    """:func:`torch.nn.functional.batch_norm` with the batch statistics of all processes.
+    """`torch.nn.functional.batch_norm` with the batch statistics of all processes.
 
     Each process measures its mean and then its centred sum of squares; these are joined exactly,
     so that a large mean costs no digits and shards may differ in size. The running variance is
@@ -213,11 +213,11 @@ def synchronised_forward(norm: _BatchNorm, x: Tensor, world: World) -> Tensor:
 
 
 class SyncBatchNorm1d(_SynchronisedForward, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` over the global batch; made by :func:`synchronise_batch_norm`."""
+    """``nn.BatchNorm1d`` over the global batch; made by `synchronise_batch_norm`."""
 
 
 class SyncBatchNorm2d(_SynchronisedForward, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` over the global batch; made by :func:`synchronise_batch_norm`."""
+    """``nn.BatchNorm2d`` over the global batch; made by `synchronise_batch_norm`."""
 
 
 _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
@@ -231,7 +231,7 @@ def synchronise_batch_norm(model: nn.Module, world: World) -> None:
     """Make the batch normalisations of ``model`` use the statistics of the global batch, in place.
 
     Parameters, buffers and their names stay. A subclass that can do this itself shows it by an
-    attribute ``sync_world``, which is set. :func:`restore_batch_norm` undoes it.
+    attribute ``sync_world``, which is set. `restore_batch_norm` undoes it.
 
     Raises:
         ConfigError: the model holds a batch normalisation of another kind; it is then unchanged.
@@ -258,7 +258,7 @@ def synchronise_batch_norm(model: nn.Module, world: World) -> None:
 
 
 def restore_batch_norm(model: nn.Module) -> None:
-    """Undo :func:`synchronise_batch_norm`: every module has its own class again."""
+    """Undo `synchronise_batch_norm`: every module has its own class again."""
     modules: list[Any] = list(model.modules())
     for module in modules:
         if hasattr(module, "sync_world"):

@@ -15,7 +15,7 @@ from dmcp.errors import DataError
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` measured.
+    """What `evaluate` measured.
 
     Attributes:
         top1: share of images whose label has the largest logit, in [0, 1].

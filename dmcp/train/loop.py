@@ -144,8 +144,9 @@ def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
 
 def _check_finite_state(state: dict[str, Any], phase: str, step: int, world: World) -> None:
     """The metrics are of before the last update, which may have overflowed a weight."""
-    finite = [tensor.isfinite().all() for tensor in _float_tensors(state)]
-    bad = (~torch.stack(finite)).any().to(world.device, torch.float64)
+    # An optimiser keeps some of its state on the CPU, whatever the device of its parameters.
+    flags = [tensor.isfinite().all().to(world.device) for tensor in _float_tensors(state)]
+    bad = (~torch.stack(flags)).any().to(torch.float64)
     if float(all_reduce_sum(bad, world)):
         raise DivergenceError(
             f"{phase} diverged: a weight is not finite after step {step}; a lower learning rate or "

@@ -40,11 +40,11 @@ class TrainOptions:
 
 
 class Training:
-    """A stage that trains ``model`` in place; :func:`dmcp.train.loop.run` drives it.
+    """A stage that trains ``model`` in place; `dmcp.train.loop.run` drives it.
 
     In several processes the model starts as rank 0's, and gradients are averaged. Batch
     normalisation sees the shard of each process unless
-    :func:`dmcp.train.distributed.synchronise_batch_norm` was called on the model.
+    `dmcp.train.distributed.synchronise_batch_norm` was called on the model.
 
     Args:
         model: maps images [N, C, H, W] to logits [N, K].

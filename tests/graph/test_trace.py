@@ -245,3 +245,61 @@ def test_an_input_without_channels_is_refused():
 def test_widths_are_completed():
     found = tuple(units(Calls(lambda m, x: F.relu(x))).values())
     assert check_widths(found, {"first": 2}) == {"first": 2, "last": 4}
+
+
+class Lenet(nn.Module):
+    """The reshape of many tutorials, with the channel count written into it."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.fc = nn.Linear(32 * 16, 5)
+        self.view = view
+
+    def forward(self, images):
+        return self.fc(self.view(torch.relu(self.conv(images))))
+
+
+def test_a_channel_count_in_a_reshape_is_refused():
+    example = torch.zeros(2, 3, 4, 4)
+    computed = dmcp.trace(Lenet(lambda x: x.view(x.size(0), -1)), example)
+    assert [unit.searchable for unit in computed.units] == [True, False]
+    with pytest.raises(TraceError, match="Lenet: the forward pass fails once channels are removed"):
+        dmcp.trace(Lenet(lambda x: x.view(-1, 32 * 16)), example)
+
+
+def test_a_batch_norm_without_weights_is_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1), nn.Flatten()
+    )
+    with pytest.raises(TraceError, match=r"1 \(BatchNorm2d\).*zeroed channel"):
+        dmcp.trace(model, torch.zeros(2, 3, 4, 4))
+
+
+def test_joining_batches_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, images):
+            y = self.conv(images)
+            return self.head(torch.cat([y, y], 0))
+
+    with pytest.raises(TraceError, match="joins batches"):
+        dmcp.trace(Twice(), torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dim", [None, ()])
+def test_a_mean_over_everything_is_refused(dim):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, images):
+            return self.conv(images).mean(dim, keepdim=True)
+
+    with pytest.raises(TraceError, match="mixes channels"):
+        dmcp.trace(Mean(), torch.zeros(2, 3, 4, 4))
