@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dmcp.errors import CheckpointError, ConfigError
+from dmcp.errors import CheckpointError
 from dmcp.graph import check_widths
 from dmcp.search.markov_net import MarkovNet
 from dmcp.train.distributed import World, average_gradients, broadcast_parameters
@@ -32,7 +32,7 @@ class DistilledTraining:
         world: the processes that train together.
 
     Raises:
-        ConfigError: the net cannot take these widths.
+        ConfigError: see `dmcp.graph.check_widths`.
     """
 
     def __init__(
@@ -45,9 +45,6 @@ class DistilledTraining:
     ) -> None:
         self.net = net
         self.widths = check_widths(net.graph.units, widths)
-        for unit in net.graph.units:
-            if self.widths[unit.name] < unit.channels and len(unit.choices) == 1:
-                raise ConfigError(f"widths[{unit.name!r}]: the net has no chain for this unit")
         self.options = options
         self.steps = steps
         self.step_index = 0
