@@ -250,8 +250,8 @@ def test_nothing_is_written_for_what_cannot_run(configure, network, machine, tmp
         with pytest.raises(BudgetError, match="above the full network's"):
             run_search(configure(budget=Budget(macs="200%")), folder, machine)
     elif problem == "holdout":
+        network = replace(configure().network, holdout=0.1)
         with pytest.raises(DataError, match="fewer than one batch of 256"):
-            network = replace(configure().network, holdout=0.1)
             run_search(configure(network=network, arch_data="holdout"), folder, machine)
     elif problem == "widths":
         with pytest.raises(ConfigError, match="no unit is called 'conv9'"):
