@@ -22,10 +22,12 @@ from dmcp.data import open_data, train_stream
 STEPS, BATCH = 240, 64
 LOSSES = {
     "augmented_lagrangian": {"budget_weight": 10.0},
+    "augmented_lagrangian, weak": {"budget_loss": "augmented_lagrangian", "budget_weight": 1.0},
     "log_l1": {"budget_weight": 0.1},
     "log_l1, dead zone": {"budget_loss": "log_l1", "budget_weight": 0.1, "tolerance": 0.05},
     "l1": {"budget_weight": 1.0},
     "l2": {"budget_weight": 10.0},
+    "l2, weak": {"budget_loss": "l2", "budget_weight": 1.0},
 }
 
 
@@ -66,7 +68,7 @@ def main() -> None:
             end, distance = land(loss, budget, start, anneal)
             rows.append([budget, start, anneal, loss, end, distance])
             print(
-                f"{budget} start {start} anneal {anneal}  {loss:<21} ends at {end:.3f}  "
+                f"{budget} start {start} anneal {anneal}  {loss:<26} ends at {end:.3f}  "
                 f"mean distance {distance:.3f}",
                 flush=True,
             )

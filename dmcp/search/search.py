@@ -17,7 +17,12 @@ from dmcp.search.markov_net import MarkovNet
 from dmcp.search.options import SearchOptions
 from dmcp.search.sampling import Samples, draw_widths, expected_widths, sample_within
 from dmcp.search.subnets import narrowest, random_subnets
-from dmcp.train.distributed import World, average_gradients, broadcast_parameters
+from dmcp.train.distributed import (
+    World,
+    all_reduce_sum,
+    average_gradients,
+    broadcast_parameters,
+)
 from dmcp.train.loss import accuracy, cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 
@@ -105,11 +110,11 @@ class Search:
         if self.step_index >= self.steps:
             raise ConfigError(f"the search is over: all {self.steps} steps are done")
         self.net.train()
-        metrics = self._sandwich_step(images, labels)
+        metrics, teacher = self._sandwich_step(images, labels)
         if self.step_index >= self.warmup_steps:
             if arch_images is None or arch_labels is None:
                 arch_images, arch_labels = images, labels
-            metrics |= self._architecture_step(arch_images, arch_labels)
+            metrics |= self._architecture_step(arch_images, arch_labels, teacher)
         with torch.no_grad():
             moments = self.net.width_moments()
             metrics |= {
@@ -174,7 +179,8 @@ class Search:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError("the checkpoint is of another network") from error
 
-    def _sandwich_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _sandwich_step(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Update the weights; returns the metrics and the widest network's logits."""
         options = self.options
         set_lr(self.optimizer, options.lr.at(self.step_index / self.steps))
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,7 +188,6 @@ class Search:
         loss = cross_entropy(logits, labels, options.label_smoothing)
         loss.backward()
         teacher = logits.detach()
-        self._logit_scale = teacher.std()
         others = [narrowest(self.net)]
         others += random_subnets(
             self.net, options.random_subnets, self._uniform_share(), self.generator
@@ -190,11 +195,12 @@ class Search:
         other_losses = [self._subnet_loss(widths, images, labels, teacher) for widths in others]
         average_gradients(self.net.weight_parameters(), self.world)
         self.optimizer.step()
-        return {
+        metrics = {
             "loss": loss.detach(),
             "accuracy": accuracy(teacher, labels),
             "subnet_loss": torch.stack(other_losses).mean(),
         }
+        return metrics, teacher
 
     def _subnet_loss(
         self, widths: Mapping[str, int], images: Tensor, labels: Tensor, teacher: Tensor
@@ -208,14 +214,17 @@ class Search:
         loss.backward()
         return loss.detach()
 
-    def _architecture_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _architecture_step(
+        self, images: Tensor, labels: Tensor, teacher: Tensor
+    ) -> dict[str, Tensor]:
+        """Update α; ``teacher`` are the widest network's logits on this step's images."""
         done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
         set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
         self.arch_optimizer.zero_grad(set_to_none=True)
         with _frozen(self.net.weight_parameters()), self.net.masked():
             logits = self.net(images)
             if self.options.match_scale:
-                logits = logits * (self._logit_scale / logits.std())
+                logits = logits * (self._deviation(teacher) / self._deviation(logits))
             task = cross_entropy(logits, labels, self.options.label_smoothing)
             ratios = self.targets.ratios(self.net.width_moments()) / self._slack(done)
             budget = self.budget_loss(ratios)
@@ -224,6 +233,12 @@ class Search:
         self.arch_optimizer.step()
         self.budget_loss.update(ratios)
         return {"masked_loss": task.detach(), "budget_loss": budget.detach()}
+
+    def _deviation(self, logits: Tensor) -> Tensor:
+        """Standard deviation of the logits of all processes, differentiable."""
+        mean = all_reduce_sum(logits.mean(), self.world) / self.world.size
+        square = (logits - mean).square().mean()
+        return (all_reduce_sum(square, self.world) / self.world.size).sqrt()
 
     def _slack(self, done: float) -> Tensor:
         """By how much the bounds are still relaxed: [B], from E / bound at the start down to 1."""
