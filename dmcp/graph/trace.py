@@ -40,8 +40,8 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Chan
 
     Raises:
         TraceError: the model cannot be captured, holds an operator, a layer or a shared parameter
-            that is not understood, or fails once channels are removed; the message names the
-            module.
+            that is not understood (the message names the module), or fails once channels are
+            removed (it names the model and the failure).
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     _refuse_tied_parameters(model)

@@ -1,8 +1,9 @@
 """The paper's recipes on ImageNet, one per network and budget of its tables.
 
-Values are those of the published configuration files. Its schedules count iterations at a batch of
-2,048 (626 per epoch); here they are shares of the run. Its random sub-networks were drawn from the
-chains by a rule that depended on the batch size; ``uniform_share`` is where it ended at 2,048.
+Values are those of the published configuration files, but for the total batch, which they do not
+state: 2,048 (626 iterations per epoch) fits their 1,250 warm-up iterations. Schedules counted in
+iterations are shares of the run here. The random sub-networks were drawn from the chains by a rule
+that depended on the batch size; ``uniform_share`` is where it ended at 2,048.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Search:
         arch_images: Tensor | None = None,
         arch_labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One iteration.
+        """One iteration. Puts the whole network into training mode first.
 
         Args:
             images: [N, C, H, W].
