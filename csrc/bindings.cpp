@@ -2,13 +2,18 @@
 // `itemsize` tells float (4) from double (8). Shapes, dtypes and devices are checked in dmcp/ops.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/expected_cost.h"
+#include "cpu/norm_act.h"
 #include "cpu/retain.h"
 #ifdef DMCP_WITH_CUDA
+#include "cuda/expected_cost.h"
+#include "cuda/norm_act.h"
 #include "cuda/retain.h"
 #endif
 
@@ -47,6 +52,117 @@ void retain_backward_cpu(Address grad_q, Address alpha, Address q, Address offse
   });
 }
 
+dmcp::CostTable cost_table(Address offsets, Address ends, Address coefficients, int64_t units,
+                           int64_t groups, int64_t channels, int64_t metrics) {
+  return {at<const int32_t>(offsets), at<const int32_t>(ends), at<const double>(coefficients),
+          units, groups, channels, metrics};
+}
+
+template <typename T>
+dmcp::ExpectedCost<T> expected_cost_at(Address q, Address scale, Address moments, Address cost,
+                                       Address variance, Address saved) {
+  return {at<T>(q),         at<T>(scale),         at<double>(moments),
+          at<double>(cost), at<double>(variance), at<double>(saved)};
+}
+
+template <typename T>
+dmcp::ExpectedCostGrad<T> expected_cost_grad_at(Address q, Address scale, Address moments,
+                                                Address cost, Address variance) {
+  return {at<const T>(q), at<const T>(scale), at<const double>(moments), at<const double>(cost),
+          at<const double>(variance)};
+}
+
+void expected_cost_cpu(Address alpha, Address offsets, Address ends, Address coefficients,
+                       Address q, Address scale, Address moments, Address cost, Address variance,
+                       Address saved, int64_t units, int64_t groups, int64_t channels,
+                       int64_t metrics, int itemsize) {
+  with_real(itemsize, [&](auto zero) {
+    using T = decltype(zero);
+    dmcp::cpu::expected_cost(
+        cost_table(offsets, ends, coefficients, units, groups, channels, metrics),
+        at<const T>(alpha), expected_cost_at<T>(q, scale, moments, cost, variance, saved));
+  });
+}
+
+void expected_cost_backward_cpu(Address grad_q, Address grad_scale, Address grad_moments,
+                                Address grad_cost, Address grad_variance, Address saved,
+                                Address offsets, Address ends, Address grad_alpha, int64_t units,
+                                int64_t groups, int64_t channels, int64_t metrics, int itemsize) {
+  with_real(itemsize, [&](auto zero) {
+    using T = decltype(zero);
+    dmcp::cpu::expected_cost_backward(
+        cost_table(offsets, ends, 0, units, groups, channels, metrics),
+        expected_cost_grad_at<T>(grad_q, grad_scale, grad_moments, grad_cost, grad_variance),
+        at<const double>(saved), at<T>(grad_alpha));
+  });
+}
+
+// Activations of norm_act, as common/norm_act.h describes them.
+dmcp::Shape shape_of(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                     int dtype) {
+  return {batch, channels, pixels, channels_last, static_cast<dmcp::DType>(dtype)};
+}
+
+dmcp::Affine affine_of(Address mean, Address var, Address weight, Address bias, Address scale,
+                       double eps) {
+  return {at<const void>(mean), at<const void>(var),   at<const void>(weight),
+          at<const void>(bias), at<const void>(scale), eps};
+}
+
+dmcp::Pitched<const void> input(Address data, int64_t pitch) {
+  return {at<const void>(data), pitch};
+}
+
+dmcp::Pitched<void> output(Address data, int64_t pitch) { return {at<void>(data), pitch}; }
+
+void norm_stats_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last, int dtype,
+                    Address x, int64_t x_pitch, Address mean, Address var, Address running_mean,
+                    Address running_var, double momentum, const std::string& isa) {
+  const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype).stats(shape,
+                                         input(x, x_pitch), at<void>(mean), at<void>(var),
+                                         at<void>(running_mean), at<void>(running_var), momentum);
+}
+
+void norm_act_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last, int dtype,
+                  Address mean, Address var, Address weight, Address bias, Address scale,
+                  double eps, int act, int residual_kind, Address x, int64_t x_pitch,
+                  Address residual, int64_t residual_pitch, Address y, int64_t y_pitch,
+                  const std::string& isa) {
+  const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype).forward(shape,
+      affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
+      static_cast<dmcp::Residual>(residual_kind), input(x, x_pitch),
+      input(residual, residual_pitch), output(y, y_pitch));
+}
+
+void norm_act_sums_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                       int dtype, Address mean, Address var, Address weight, Address bias,
+                       Address scale, double eps, int act, Address grad, int64_t grad_pitch,
+                       Address x, int64_t x_pitch, Address residual, int64_t residual_pitch,
+                       Address grad_residual, int64_t grad_residual_pitch, Address sums,
+                       const std::string& isa) {
+  const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype).sums(shape,
+                                        affine_of(mean, var, weight, bias, scale, eps),
+                                        static_cast<dmcp::Act>(act), input(grad, grad_pitch),
+                                        input(x, x_pitch), input(residual, residual_pitch),
+                                        output(grad_residual, grad_residual_pitch),
+                                        at<void>(sums));
+}
+
+void norm_act_grad_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                       int dtype, Address mean, Address var, Address weight, Address bias,
+                       Address scale, double eps, int act, Address sums, double count,
+                       Address grad, int64_t grad_pitch, Address x, int64_t x_pitch,
+                       Address grad_x, int64_t grad_x_pitch, const std::string& isa) {
+  const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype).grad(shape,
+      affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
+      at<const void>(sums), count, input(grad, grad_pitch), input(x, x_pitch),
+      output(grad_x, grad_x_pitch));
+}
+
 #ifdef DMCP_WITH_CUDA
 cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
@@ -69,6 +185,84 @@ void retain_backward_cuda(Address grad_q, Address alpha, Address q, Address offs
                                 stream_at(stream));
   });
 }
+
+void expected_cost_cuda(Address alpha, Address offsets, Address ends, Address coefficients,
+                        Address q, Address scale, Address moments, Address cost, Address variance,
+                        Address saved, int64_t units, int64_t groups, int64_t channels,
+                        int64_t metrics, int itemsize, Address stream) {
+  with_real(itemsize, [&](auto zero) {
+    using T = decltype(zero);
+    dmcp::cuda::expected_cost(
+        cost_table(offsets, ends, coefficients, units, groups, channels, metrics),
+        at<const T>(alpha), expected_cost_at<T>(q, scale, moments, cost, variance, saved),
+        stream_at(stream));
+  });
+}
+
+void expected_cost_backward_cuda(Address grad_q, Address grad_scale, Address grad_moments,
+                                 Address grad_cost, Address grad_variance, Address saved,
+                                 Address offsets, Address ends, Address grad_alpha, int64_t units,
+                                 int64_t groups, int64_t channels, int64_t metrics, int itemsize,
+                                 Address stream) {
+  with_real(itemsize, [&](auto zero) {
+    using T = decltype(zero);
+    dmcp::cuda::expected_cost_backward(
+        cost_table(offsets, ends, 0, units, groups, channels, metrics),
+        expected_cost_grad_at<T>(grad_q, grad_scale, grad_moments, grad_cost, grad_variance),
+        at<const double>(saved), at<T>(grad_alpha), stream_at(stream));
+  });
+}
+
+int64_t norm_workspace_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                            int dtype) {
+  return dmcp::cuda::norm_workspace(shape_of(batch, channels, pixels, channels_last, dtype));
+}
+
+void norm_stats_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                     int dtype, Address x, int64_t x_pitch, Address mean, Address var,
+                     Address running_mean, Address running_var, double momentum, Address workspace,
+                     Address stream) {
+  dmcp::cuda::norm_stats(shape_of(batch, channels, pixels, channels_last, dtype),
+                         input(x, x_pitch), at<void>(mean), at<void>(var), at<void>(running_mean),
+                         at<void>(running_var), momentum, at<void>(workspace), stream_at(stream));
+}
+
+void norm_act_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last, int dtype,
+                   Address mean, Address var, Address weight, Address bias, Address scale,
+                   double eps, int act, int residual_kind, Address x, int64_t x_pitch,
+                   Address residual, int64_t residual_pitch, Address y, int64_t y_pitch,
+                   Address stream) {
+  dmcp::cuda::norm_act(shape_of(batch, channels, pixels, channels_last, dtype),
+                       affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
+                       static_cast<dmcp::Residual>(residual_kind), input(x, x_pitch),
+                       input(residual, residual_pitch), output(y, y_pitch), stream_at(stream));
+}
+
+void norm_act_sums_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                        int dtype, Address mean, Address var, Address weight, Address bias,
+                        Address scale, double eps, int act, Address grad, int64_t grad_pitch,
+                        Address x, int64_t x_pitch, Address residual, int64_t residual_pitch,
+                        Address grad_residual, int64_t grad_residual_pitch, Address sums,
+                        Address workspace, Address stream) {
+  dmcp::cuda::norm_act_sums(shape_of(batch, channels, pixels, channels_last, dtype),
+                            affine_of(mean, var, weight, bias, scale, eps),
+                            static_cast<dmcp::Act>(act), input(grad, grad_pitch),
+                            input(x, x_pitch), input(residual, residual_pitch),
+                            output(grad_residual, grad_residual_pitch), at<void>(sums),
+                            at<void>(workspace), stream_at(stream));
+}
+
+void norm_act_grad_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                        int dtype, Address mean, Address var, Address weight, Address bias,
+                        Address scale, double eps, int act, Address sums, double count,
+                        Address grad, int64_t grad_pitch, Address x, int64_t x_pitch,
+                        Address grad_x, int64_t grad_x_pitch, Address stream) {
+  dmcp::cuda::norm_act_grad(shape_of(batch, channels, pixels, channels_last, dtype),
+                            affine_of(mean, var, weight, bias, scale, eps),
+                            static_cast<dmcp::Act>(act), at<const void>(sums), count,
+                            input(grad, grad_pitch), input(x, x_pitch),
+                            output(grad_x, grad_x_pitch), stream_at(stream));
+}
 #endif
 
 }  // namespace
@@ -77,9 +271,23 @@ PYBIND11_MODULE(_native, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("retain_cpu", &retain_cpu, no_gil);
   m.def("retain_backward_cpu", &retain_backward_cpu, no_gil);
+  m.def("expected_cost_cpu", &expected_cost_cpu, no_gil);
+  m.def("expected_cost_backward_cpu", &expected_cost_backward_cpu, no_gil);
+  m.def("cpu_isas", &dmcp::cpu::isas);
+  m.def("norm_stats_cpu", &norm_stats_cpu, no_gil);
+  m.def("norm_act_cpu", &norm_act_cpu, no_gil);
+  m.def("norm_act_sums_cpu", &norm_act_sums_cpu, no_gil);
+  m.def("norm_act_grad_cpu", &norm_act_grad_cpu, no_gil);
 #ifdef DMCP_WITH_CUDA
   m.def("retain_cuda", &retain_cuda, no_gil);
   m.def("retain_backward_cuda", &retain_backward_cuda, no_gil);
+  m.def("expected_cost_cuda", &expected_cost_cuda, no_gil);
+  m.def("expected_cost_backward_cuda", &expected_cost_backward_cuda, no_gil);
+  m.def("norm_workspace_cuda", &norm_workspace_cuda, no_gil);
+  m.def("norm_stats_cuda", &norm_stats_cuda, no_gil);
+  m.def("norm_act_cuda", &norm_act_cuda, no_gil);
+  m.def("norm_act_sums_cuda", &norm_act_sums_cuda, no_gil);
+  m.def("norm_act_grad_cuda", &norm_act_grad_cuda, no_gil);
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;

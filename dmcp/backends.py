@@ -1,7 +1,9 @@
 """Which implementations of the ops there are on this machine, and why not the others.
 
-Set ``DMCP_BACKEND=eager`` before the first import to run every op in plain PyTorch; the default,
-``auto``, uses the best backend of each device. The choice is made once, when an op registers.
+``DMCP_BACKEND``, read at the first import, chooses: ``auto``, the default, takes the compiled module
+for CPU and CUDA tensors, and Triton for CUDA tensors where it was built without CUDA; ``triton``
+takes Triton for CUDA tensors in any case; ``eager`` runs every op in plain PyTorch. The choice is
+made once, when an op registers.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 
 from dmcp.errors import ConfigError
 
-CHOICES = ("auto", "eager")
+CHOICES = ("auto", "triton", "eager")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,14 @@ def _load_native() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
-_accelerated = _choice() == "auto"
+_chosen = _choice()
+_accelerated = _chosen != "eager"
 _native, _native_error = _load_native()
+
+
+def accelerated() -> bool:
+    """Whether ops may use other backends than plain PyTorch."""
+    return _accelerated
 
 
 def native_module() -> ModuleType | None:
@@ -64,7 +72,7 @@ def native_module() -> ModuleType | None:
 
 def native_cuda() -> bool:
     """Whether ops may use the CUDA kernels of ``dmcp._native``."""
-    return _accelerated and _native is not None and _native.with_cuda
+    return _chosen == "auto" and _native is not None and _native.with_cuda
 
 
 def triton_installed() -> bool:
@@ -86,7 +94,8 @@ def _eager() -> Backend:
 
 
 def _cpp() -> Backend:
-    return _report("native", _disabled() or _no_native(), "C++ kernels: CPU tensors")
+    isa = f", {_native.cpu_isas()[-1]}" if _native is not None else ""
+    return _report("native", _disabled() or _no_native(), f"C++ kernels{isa}: CPU tensors")
 
 
 def _cuda() -> Backend:
@@ -120,6 +129,8 @@ def _no_native() -> str:
 def _no_native_cuda() -> str:
     if native_cuda():
         return ""
+    if _chosen == "triton":
+        return "not chosen: DMCP_BACKEND=triton"
     return "dmcp._native was built without CUDA (no nvcc then, or DMCP_CUDA=OFF)"
 
 

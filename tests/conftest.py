@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -317,3 +318,11 @@ def random_widths():
 def tensors():
     """The tensors of a network's outputs, as a tuple."""
     return lambda outputs: outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@pytest.fixture
+def reference_ops(monkeypatch):
+    """Normalisation by PyTorch's own operations, as with ``DMCP_BACKEND=eager``: what is to be
+    PyTorch's result to the last bit can only be so with these."""
+    module = importlib.import_module("dmcp.ops.norm_act")  # its name in dmcp.ops is the function's
+    monkeypatch.setattr(module, "accelerated", lambda: False)

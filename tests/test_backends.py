@@ -49,7 +49,9 @@ def test_gpu_backends_need_a_device():
         assert not backends()["triton"].available
 
 
-@pytest.mark.parametrize("op", ["retain", "retain_backward"])
+@pytest.mark.parametrize(
+    "op", ["retain", "retain_backward", "expected_cost", "expected_cost_backward"]
+)
 def test_an_available_backend_is_the_one_that_runs(op):
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has_kernel(f"dmcp::{op}", "CPU") == backends()["native"].available
@@ -66,11 +68,22 @@ def test_eager_on_request(tmp_path):
     assert all("disabled by DMCP_BACKEND=eager" in line for line in others)
 
 
+def test_triton_instead_of_cuda_on_request(tmp_path):
+    code = (
+        "from dmcp.backends import backends, native_cuda\nprint(native_cuda(), backends()['cuda'])"
+    )
+    done = python(code, tmp_path, DMCP_BACKEND="triton")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False cuda    no")
+
+
 def test_unknown_backend_is_refused(tmp_path):
     done = python("import dmcp.ops", tmp_path, DMCP_BACKEND="fast")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("dmcp.errors.ConfigError: DMCP_BACKEND must be one of auto, eager")
+    assert last.startswith(
+        "dmcp.errors.ConfigError: DMCP_BACKEND must be one of auto, triton, eager"
+    )
     assert "'fast'" in last
 
 

@@ -3,11 +3,8 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define DMCP_HOST_DEVICE __host__ __device__
-#else
-#define DMCP_HOST_DEVICE
-#endif
+#include "common/host_device.h"
+
 
 namespace dmcp {
 
@@ -15,9 +12,9 @@ namespace dmcp {
 // then rounds once, when it is stored. The chains of a whole network are a few hundred numbers.
 
 // Transition probability p = sigmoid(alpha). exp() may overflow to infinity: p is then exactly 0.
-DMCP_HOST_DEVICE inline double transition(double alpha) { return 1.0 / (1.0 + std::exp(-alpha)); }
+DMCP_HOST_DEVICE double transition(double alpha) { return 1.0 / (1.0 + std::exp(-alpha)); }
 
 // 1 - p, without the cancellation of that subtraction.
-DMCP_HOST_DEVICE inline double stop(double alpha) { return 1.0 / (1.0 + std::exp(alpha)); }
+DMCP_HOST_DEVICE double stop(double alpha) { return 1.0 / (1.0 + std::exp(alpha)); }
 
 }  // namespace dmcp

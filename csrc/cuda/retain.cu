@@ -1,9 +1,7 @@
 #include "cuda/retain.h"
 
-#include <stdexcept>
-#include <string>
-
 #include "common/retain.h"
+#include "cuda/launch.h"
 
 namespace dmcp::cuda {
 namespace {
@@ -69,13 +67,6 @@ __global__ void retain_backward_kernel(const T* __restrict__ grad_q, const T* __
 
 unsigned blocks_for(int64_t chains) {
   return static_cast<unsigned>((chains + kWarpsPerBlock - 1) / kWarpsPerBlock);
-}
-
-void check_launch(const char* kernel) {
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " +
-                             cudaGetErrorString(status));
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 from dmcp.cost.count import cost
 from dmcp.cost.measure import measured_macs
-from dmcp.cost.moments import ChainLayout, width_moments
 from dmcp.cost.polynomial import Cost
 
-__all__ = ["ChainLayout", "Cost", "cost", "measured_macs", "width_moments"]
+__all__ = ["Cost", "cost", "measured_macs"]

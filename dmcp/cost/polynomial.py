@@ -52,14 +52,24 @@ class Cost:
         pairs = (cpu @ self.quadratic * cpu).sum(1)
         return (self.constant + cpu @ self.linear + pairs).to(widths.device)
 
+    def coefficients(self) -> Tensor:
+        """The polynomial as a symmetric matrix K, float64 [1 + U, 1 + U]: with c_0 = 1 it is
+        Σ_{i<=j} K_ij c_i c_j. What `dmcp.ops.CostTable` is made of."""
+        upper = torch.zeros(1 + len(self.units), 1 + len(self.units), dtype=torch.float64)
+        upper[0, 0] = self.constant
+        upper[0, 1:] = self.linear
+        upper[1:, 1:] = self.quadratic
+        return upper + upper.triu(1).T
+
     def mean(self, moments: Tensor) -> Tensor:
-        """The expected cost of structures drawn from independent chains.
+        """The expected cost of structures whose widths are independent, of any distribution; that
+        of Markov chains comes with its gradient from `dmcp.ops.expected_cost`.
 
         A unit at both ends of a layer enters through E[c²], not E[c]², so this is the mean over all
         structures exactly.
 
         Args:
-            moments: [U, k >= 2] float, E[c_u^(j+1)] in column j (`dmcp.cost.width_moments`).
+            moments: [U, k >= 2] float, E[c_u^(j+1)] in column j.
 
         Returns:
             0-d tensor of the moments' dtype, differentiable.
@@ -70,7 +80,7 @@ class Cost:
         return self.constant + linear @ first + cross + quadratic.diagonal() @ second
 
     def variance(self, moments: Tensor) -> Tensor:
-        """The variance of the cost of structures drawn from independent chains.
+        """The variance of the cost of structures whose widths are independent.
 
         With centred widths d_u = c_u - E[c_u] the cost is a constant plus one function of each
         single d_u plus products d_u d_v (u < v), and all of these are uncorrelated.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -58,9 +58,13 @@ class ComposedAxis:
         return slice(0, len(kept)) if is_prefix else kept
 
 
-def select(tensor: Tensor, dim: int, keep: slice | Tensor | None) -> Tensor:
+@overload
+def select(tensor: Tensor, dim: int, keep: slice | Tensor | None) -> Tensor: ...
+@overload
+def select(tensor: None, dim: int, keep: slice | Tensor | None) -> None: ...
+def select(tensor: Tensor | None, dim: int, keep: slice | Tensor | None) -> Tensor | None:
     """The part of ``tensor`` that an axis keeps along ``dim``; a view where it is a prefix."""
-    if keep is None:
+    if tensor is None or keep is None:
         return tensor
     if isinstance(keep, slice):
         return tensor.narrow(dim, 0, keep.stop)

@@ -1,28 +1,41 @@
-"""Batch norm that follows a Markov chain."""
+"""Batch norm that follows a Markov chain, with the activation and the sum behind it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmcp.nn.axis import Axis, scale_channels, select
+from dmcp.nn.axis import Axis, select
 from dmcp.nn.chain import MarkovChain
-from dmcp.train.distributed import World, synchronised_batch_norm, synchronised_forward
+from dmcp.ops import Activation, ResidualPlace, norm_act, norm_act_reference
+from dmcp.ops.norm_act import stats_dtype
+from dmcp.train.distributed import World
 
-_ALONE = World.single()
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+}
+"""The activations that `dmcp.ops.norm_act` computes in the same pass, by their modules."""
 
 
 class MarkovBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` over the channels that its axis keeps, times the axis's mask.
+    """``nn.BatchNorm2d`` over the channels that its axis keeps, its activation, times the mask.
 
-    The mask is folded into weight and bias, so it costs no pass over the activations; batch norm
-    would cancel a scale in front of it, which is why the mask sits here. While no mask is set and
-    the axis is at full width this is ``nn.BatchNorm2d``, bit for bit. Only such passes update the
-    running statistics: those of a sub-network or a masked network are different numbers.
+    One operator, `dmcp.ops.norm_act`, does all of it, so that the mask costs no pass over the
+    activations. Batch norm would cancel a scale in front of it, which is why the mask sits here.
+    While no mask is set and the axis is at full width this is ``nn.BatchNorm2d`` and the
+    activation. Only such passes update the running statistics: those of a sub-network or a masked
+    network are different numbers.
 
     Args:
         num_features … dtype: as ``nn.BatchNorm2d``.
         chain: what the channels follow.
+        act: the activation, which the mask comes after.
         masks: whether this module applies the mask.
 
     Attributes:
@@ -43,45 +56,64 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         dtype: torch.dtype | None = None,
         *,
         chain: MarkovChain | Axis | None = None,
+        act: Activation = "identity",
         masks: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.act: Activation = act
         self.masks = masks
         self.tracks = True
         self.sync_world: World | None = None
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None] = (chain,)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, residual_place: ResidualPlace = "before"
+    ) -> Tensor:
+        """Normalise, activate and scale; a residual is added before the activation, as in a ResNet,
+        to the scaled values, or after it.
+
+        Args:
+            x: [N, C or fewer, H, W].
+            residual: of the shape of ``x``.
+            residual_place: ``"before"`` or ``"after"`` the activation.
+        """
+        self._check_input_dim(x)
         axis = self._axes[0]
         keep = axis.keep() if axis is not None else None
         mask = axis.mask if axis is not None else None
-        if keep is None and mask is None and self.tracks:
-            if self.sync_world is not None:
-                return synchronised_forward(self, x, self.sync_world)
-            return super().forward(x)
-        mean = None if self.training else self.running_mean
-        var = None if self.training else self.running_var
-        mask = mask if self.masks else None
-        y = synchronised_batch_norm(
-            x,
-            *self._affine(keep, mask),
-            None if mean is None else select(mean, 0, keep),
-            None if var is None else select(var, 0, keep),
-            training=mean is None,
-            momentum=0.0,
-            eps=self.eps,
-            world=self.sync_world or _ALONE,
-        )
-        return y if self.affine else scale_channels(y, mask, keep, 1)
+        whole = keep is None and mask is None and self.tracks
+        momentum = self._momentum() if whole else 0.0
+        own_stats = self.track_running_stats if self.training and whole else not self.training
+        mean, var = (self.running_mean, self.running_var) if own_stats else (None, None)
+        weight, bias = select(self.weight, 0, keep), select(self.bias, 0, keep)
+        dtype = stats_dtype(x) if weight is None else weight.dtype
+        scale = select(mask, 0, keep) if self.masks else None
+        options: dict[str, Any] = {
+            "scale": None if scale is None else scale.to(dtype),
+            "residual": residual,
+            "residual_place": residual_place,
+            "act": self.act,
+            "running_mean": select(mean, 0, keep),
+            "running_var": select(var, 0, keep),
+            "training": self.training or mean is None,
+            "momentum": momentum,
+            "eps": self.eps,
+        }
+        if self.sync_world is not None and self.sync_world.size > 1:
+            return norm_act(x, weight, bias, synchronised=True, **options)
+        # A network that is in half precision throughout is left to PyTorch's own kernels.
+        compute = norm_act if dtype == stats_dtype(x) else norm_act_reference
+        return compute(x, weight, bias, **options)
 
-    def _affine(
-        self, keep: slice | Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not self.affine:
-            return None, None
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if mask is not None:
-            weight, bias = weight * mask, bias * mask
-        return select(weight, 0, keep), select(bias, 0, keep)
+    def _momentum(self) -> float:
+        """Weight of this batch in the running statistics; counts the batch."""
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            return 1.0 / float(self.num_batches_tracked)
+        return self.momentum
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
 from dmcp.nn.grid import width_choices
-from dmcp.ops import retain
+from dmcp.ops import CostTable, expected_cost, retain
 
 
 class MarkovChain(nn.Module):
@@ -130,20 +130,23 @@ def masked(module: nn.Module) -> Iterator[None]:
     probabilities. The probabilities of all chains are computed once, at its start, by one operator.
     """
     chains = [chain for chain in module.modules() if isinstance(chain, MarkovChain)]
+    if not chains:
+        yield
+        return
+    alpha = torch.cat([chain.alpha for chain in chains])
+    table = CostTable.of([chain.choices for chain in chains], device=alpha.device)
+    masks = expected_cost(alpha, table).scale.split([chain.channels for chain in chains])
+    with scaled(list(zip(chains, masks, strict=True))):
+        yield
+
+
+@contextmanager
+def scaled(masks: Sequence[tuple[MarkovChain, Tensor]]) -> Iterator[None]:
+    """While this context is open, every one of these chains has its mask."""
     try:
-        _set_masks(chains)
+        for chain, mask in masks:
+            chain.mask = mask
         yield
     finally:
-        for chain in chains:
+        for chain, _ in masks:
             chain.mask = None
-
-
-def _set_masks(chains: Sequence[MarkovChain]) -> None:
-    if not chains:
-        return
-    lengths = [len(chain.alpha) for chain in chains]
-    alpha = torch.cat([chain.alpha for chain in chains])
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    q = retain(alpha, ends.to(alpha.device, torch.int32))
-    for chain, own in zip(chains, q.split(lengths), strict=True):
-        chain.mask = torch.cat([own.new_ones(1), own])[chain.group_of]

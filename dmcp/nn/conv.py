@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, scale_channels, select
-from dmcp.nn.batchnorm import MarkovBatchNorm2d
+from dmcp.nn.batchnorm import ACTIVATIONS, MarkovBatchNorm2d
 from dmcp.nn.chain import MarkovChain
-
-_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
-"""Activations with act(q v) = q act(v) for q >= 0: the mask may go in front of them."""
+from dmcp.ops import ResidualPlace
 
 
 class MarkovConv2d(nn.Conv2d):
@@ -23,8 +21,8 @@ class MarkovConv2d(nn.Conv2d):
     While the chain is at full width and its mask is off this is ``nn.Conv2d`` (followed by its norm
     and activation), bit for bit. A narrower chain makes it compute a prefix of its output channels;
     a narrower input makes it use the matching prefix of its input channels. With the mask on (see
-    `masked`), channels are scaled by their retain probabilities where it takes effect: after the
-    norm, and after the activation unless that commutes with the scale.
+    `masked`), channels are scaled by their retain probabilities: after the norm, and after the
+    activation.
 
     Args:
         in_channels … dtype: as ``nn.Conv2d``.
@@ -33,7 +31,8 @@ class MarkovConv2d(nn.Conv2d):
             None for a fixed number of output channels.
         chain_groups, divisor, min_width, start: of its own chain, see `MarkovChain`.
         norm: a batch norm to own; becomes a `MarkovBatchNorm2d` on the same weights.
-        act: an activation to own.
+        act: an activation to own. Behind a norm, one of `dmcp.nn.batchnorm.ACTIVATIONS` becomes
+            part of it.
 
     Shape: [N, C_in or fewer, H, W] -> [N, ``chain.width``, H', W'].
 
@@ -88,26 +87,41 @@ class MarkovConv2d(nn.Conv2d):
             )
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None, Axis | None] = (None, chain)
-        before_act = isinstance(norm, nn.BatchNorm2d) and isinstance(
-            act, (*_HOMOGENEOUS, type(None))
-        )
-        self.norm = None if norm is None else _follow(norm, chain, out_channels, masks=before_act)
-        self.act = act
-        self.masks = not before_act
+        fused = ACTIVATIONS.get(type(act)) if norm is not None and act is not None else None
+        self.act = None if fused is not None else act
+        self.norm = None
+        if norm is not None:
+            self.norm = _follow(norm, chain, out_channels, masks=self.act is None)
+            self.norm.act = fused or "identity"
+        self.masks = self.norm is None or not self.norm.masks
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, residual_place: ResidualPlace = "before"
+    ) -> Tensor:
+        """Convolve; normalise and activate with the modules it owns.
+
+        Args:
+            x: [N, C_in or fewer, H, W].
+            residual: for the norm it owns, see `MarkovBatchNorm2d`.
+            residual_place: likewise.
+
+        Raises:
+            ConfigError: a residual, but no norm or an activation that is not part of it.
+        """
+        if residual is not None and (self.norm is None or self.act is not None):
+            raise ConfigError("a residual needs a norm, with an activation that it computes")
         axis = self._axes[1]
         keep = axis.keep() if axis is not None else None
         y = self._convolve(x, keep)
         if self.norm is not None:
-            y = self.norm(y)
+            y = self.norm(y, residual, residual_place)
         if self.act is not None:
             y = self.act(y)
         mask = axis.mask if axis is not None and self.masks else None
         return scale_channels(y, mask, keep, 1)
 
     def _convolve(self, x: Tensor, keep: slice | Tensor | None) -> Tensor:
-        bias = None if self.bias is None else select(self.bias, 0, keep)
+        bias = select(self.bias, 0, keep)
         weight, groups = select(self.weight, 0, keep), self.groups
         if groups == 1:
             weight = self._select_inputs(weight, x)

@@ -49,7 +49,7 @@ def retain_reference(alpha: Tensor, offsets: Tensor) -> Tensor:
     """
     if alpha.is_cpu:
         _check_ascending(offsets, alpha.numel())
-    position, begin, _ = _chain_bounds(alpha, offsets)
+    position, begin, _ = chain_bounds(alpha, offsets)
     q = alpha.sigmoid()
     distance = 1
     while distance < q.numel():
@@ -62,17 +62,21 @@ def retain_reference(alpha: Tensor, offsets: Tensor) -> Tensor:
 def _backward_reference(grad: Tensor, alpha: Tensor, q: Tensor, offsets: Tensor) -> Tensor:
     if alpha.is_cpu:
         _check_ascending(offsets, alpha.numel())
-    position, _, end = _chain_bounds(alpha, offsets)
-    tail = q * grad
+    position, _, end = chain_bounds(alpha, offsets)
+    return torch.sigmoid(-alpha) * suffix_sum(q * grad, position, end)
+
+
+def suffix_sum(values: Tensor, position: Tensor, end: Tensor) -> Tensor:
+    """Sums from every position to the end of its segment, by doubling: [..., T]."""
     distance = 1
-    while distance < tail.numel():
-        later = torch.nn.functional.pad(tail[distance:], (0, distance))
-        tail = torch.where(position + distance < end, tail + later, tail)
+    while distance < values.shape[-1]:
+        later = torch.nn.functional.pad(values[..., distance:], (0, distance))
+        values = torch.where(position + distance < end, values + later, values)
         distance *= 2
-    return torch.sigmoid(-alpha) * tail
+    return values
 
 
-def _chain_bounds(alpha: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chain_bounds(alpha: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every position, and the begin and the end of its chain: three int32 [T]."""
     position = torch.arange(alpha.numel(), dtype=torch.int32, device=alpha.device)
     following = torch.searchsorted(offsets.contiguous(), position, right=True)

@@ -440,14 +440,15 @@ class _Job:
 def _describe(search: Search) -> dict[str, Any]:
     """What the chains say at the end of a search."""
     with torch.no_grad():
-        moments = search.net.width_moments(4)
+        expected = search.expected_cost()
         costs = {
-            cost.metric: {
-                "budget": bound,
-                "expected": float(cost.mean(moments)),
-                "deviation": max(0.0, float(cost.variance(moments))) ** 0.5,
-            }
-            for cost, bound in zip(search.targets.costs, search.targets.bounds, strict=True)
+            metric: {"budget": bound, "expected": mean, "deviation": variance**0.5}
+            for (metric, bound), mean, variance in zip(
+                search.targets.by_metric().items(),
+                expected.cost.tolist(),
+                expected.variance.tolist(),
+                strict=True,
+            )
         }
         retain = {
             unit.name: search.net.chain(unit.name).retain().tolist()

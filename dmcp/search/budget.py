@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -83,12 +84,9 @@ class Targets:
         """Metric -> bound."""
         return {c.metric: bound for c, bound in zip(self.costs, self.bounds, strict=True)}
 
-    def ratios(self, moments: Tensor) -> Tensor:
-        """Expected cost over bound: [B], differentiable in the moments [U, >= 2]."""
-        means = [cost.mean(moments) for cost in self.costs]
-        return torch.stack(means) / torch.tensor(
-            self.bounds, dtype=moments.dtype, device=moments.device
-        )
+    def ratios(self, expected: Tensor) -> Tensor:
+        """Expected cost over bound: float64 [B] -> [B], differentiable."""
+        return expected / _on_device(self.bounds, expected.device)
 
     def largest_ratio(self, widths: Tensor) -> Tensor:
         """Cost over bound, the largest over the bounds: int64 [n, U] -> float64 [n]."""
@@ -105,6 +103,12 @@ class Targets:
             for cost, bound in zip(self.costs, self.bounds, strict=True)
         ]
         return torch.stack(within).all(0)
+
+
+@cache
+def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # whoever asks first: autograd may save it later
+        return torch.tensor(bounds, dtype=torch.float64, device=device)
 
 
 def _parse(metric: str, bound: str | float, full: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmcp.cost import ChainLayout, width_moments
-from dmcp.errors import TraceError
+from dmcp.cost import Cost
+from dmcp.errors import ConfigError, TraceError
 from dmcp.graph import ChannelGraph, ChannelUnit, check_widths, trace
 from dmcp.graph.units import AxisMap
 from dmcp.nn import (
@@ -22,13 +22,14 @@ from dmcp.nn import (
     MarkovChain,
     MarkovConv2d,
     MarkovLinear,
-    masked,
     width_choices,
 )
 from dmcp.nn.axis import scale_channels
+from dmcp.nn.batchnorm import ACTIVATIONS
+from dmcp.nn.chain import scaled
 from dmcp.nn.conv import share_tensors
-from dmcp.ops import retain
-from dmcp.search.mask_sites import mask_sites
+from dmcp.ops import CostTable, ExpectedCost, expected_cost, retain
+from dmcp.search.mask_sites import fusable_activations, mask_sites
 
 
 class MarkovNet(nn.Module):
@@ -76,7 +77,7 @@ class MarkovNet(nn.Module):
         )
         if not len(self.chains):
             raise TraceError(f"{type(model).__name__} has no unit whose width could be searched")
-        self._layout = ChainLayout.of([unit.choices for unit in units]).to(first.device)
+        self._table = self.cost_table(())
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
         self._install()
@@ -101,7 +102,7 @@ class MarkovNet(nn.Module):
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         """α of every chain, in the order of the units."""
-        return list(self.chains.parameters())
+        return [chain.alpha for chain in self.chains.values()]  # type: ignore[misc]
 
     @contextmanager
     def at(self, widths: Mapping[str, int] | None = None) -> Iterator[None]:
@@ -119,26 +120,54 @@ class MarkovNet(nn.Module):
             self._set_widths(before)
 
     @contextmanager
-    def masked(self) -> Iterator[None]:
-        """Scale every channel by its retain probability while the context is open."""
+    def masked(self, table: CostTable | None = None) -> Iterator[ExpectedCost]:
+        """Scale every channel by its retain probability while the context is open.
+
+        Args:
+            table: as for `expected_cost`, whose result this yields: the masks are parts of it, so
+                that one backward goes through both.
+        """
+        expected = self.expected_cost(table)
+        masks = expected.scale.split([unit.channels for unit in self.graph.units])
+        of_unit = {unit.name: mask for unit, mask in zip(self.graph.units, masks, strict=True)}
         try:
-            with masked(self.chains):
+            with scaled([(chain, of_unit[name]) for name, chain in self._named_chains()]):
                 self._set_tracking()
-                yield
+                yield expected
         finally:
             self._set_tracking()
 
+    def cost_table(self, costs: Sequence[Cost]) -> CostTable:
+        """What `expected_cost` needs to know about costs of ``graph``. Build it once."""
+        return CostTable.of(
+            [unit.choices for unit in self.graph.units],
+            [cost.coefficients() for cost in costs],
+            self.architecture_parameters()[0].device,
+        )
+
+    def expected_cost(self, table: CostTable | None = None) -> ExpectedCost:
+        """Everything about the chains as they are now, by one operator: retain probabilities, the
+        scale of every channel, the moments of the widths and, with a table of `cost_table`, mean
+        and variance of its costs. Differentiable."""
+        return expected_cost(torch.cat([*self.architecture_parameters()]), table or self._table)
+
     def retain(self) -> Tensor:
         """q of all chains, concatenated in the order of the units: [T], differentiable."""
-        return retain(torch.cat([*self.architecture_parameters()]), self._layout.offsets)
+        return retain(torch.cat([*self.architecture_parameters()]), self._table.offsets)
 
     def width_moments(self, orders: int = 2) -> Tensor:
-        """E[c], E[c²], … of every unit of ``graph.units``: float64 [U, orders], differentiable."""
-        return width_moments(self.retain(), self._layout, orders)
+        """E[c], E[c²], … of every unit of ``graph.units``: float64 [U, orders], differentiable.
+
+        Raises:
+            ConfigError: ``orders`` is not 1, 2, 3 or 4.
+        """
+        if orders not in range(1, 5):
+            raise ConfigError(f"orders must be 1, 2, 3 or 4, got {orders!r}")
+        return self.expected_cost().moments[:orders].T
 
     def expected_widths(self) -> dict[str, float]:
         """E[c] of every unit."""
-        means = self.width_moments(1).squeeze(1).tolist()
+        means = self.expected_cost().widths.tolist()
         return {unit.name: mean for unit, mean in zip(self.graph.units, means, strict=True)}
 
     def _named_chains(self) -> Iterator[tuple[str, MarkovChain]]:
@@ -167,11 +196,25 @@ class MarkovNet(nn.Module):
             inputs, outputs = self._axis(axes.inputs), self._axis(axes.outputs)
             follower = _follower(name, module, inputs, outputs, masks=name in sites)
             self.model.set_submodule(name, follower)
+        for norm, site in fusable_activations(self.graph.nodes).items():
+            self._fuse(norm, site, sites)
         for site, owner in sites.items():
             axis = self._axis(self.graph.modules[owner].outputs)
             if site not in self.graph.modules and axis is not None:
                 masked_site = nn.Sequential(self.model.get_submodule(site), _Mask(axis))
                 self.model.set_submodule(site, masked_site)
+
+    def _fuse(self, norm: str, site: str, sites: dict[str, str]) -> None:
+        """Let a norm compute the activation at ``site``, and apply the mask that sits there."""
+        follower, module = self.model.get_submodule(norm), self.model.get_submodule(site)
+        act = ACTIVATIONS.get(type(module))
+        watched = any(vars(m)[key] for m in (follower, module) for key in vars(m) if "hooks" in key)
+        if not isinstance(follower, MarkovBatchNorm2d) or act is None or watched:
+            return
+        follower.act = act
+        if sites.pop(site, None) is not None:
+            follower.masks = True
+        self.model.set_submodule(site, nn.Identity())
 
     def _axis(self, axis: AxisMap) -> Axis | None:
         parts = []
@@ -197,8 +240,8 @@ class MarkovNet(nn.Module):
                 if moved is not None:
                     module._buffers[key] = moved
         alpha = self.architecture_parameters()[0]
-        if alpha.device != self._layout.offsets.device:
-            self._layout = self._layout.to(alpha.device)
+        if alpha.device != self._table.offsets.device:
+            self._table = self._table.to(alpha.device)
         return self
 
 

@@ -82,3 +82,20 @@ def _moved(node: Node, value: _State, committed: dict[str, str]) -> _State:
     if node.kind == "activation":
         return None if unscaled is None else _Pending(node.module, unscaled.owner)
     return None if unscaled is None and node.homogeneous else _Pending(node.module, node.module)
+
+
+def fusable_activations(nodes: Sequence[Node]) -> dict[str, str]:
+    """Norm modules, each with the activation module that alone reads what the norm makes; both are
+    called once, so that the norm may compute the activation too."""
+    calls = Counter(node.module for node in nodes)
+    readers = [[n for n, node in enumerate(nodes) if i in node.inputs] for i in range(len(nodes))]
+    found: dict[str, str] = {}
+    for node, reading in zip(nodes, readers, strict=True):
+        if node.kind != "norm" or node.module is None or len(reading) != 1:
+            continue
+        reader = nodes[reading[0]]
+        if reader.kind != "activation" or reader.module is None:
+            continue
+        if calls[node.module] == calls[reader.module] == 1:
+            found[node.module] = reader.module
+    return found

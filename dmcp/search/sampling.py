@@ -48,7 +48,7 @@ def expected_widths(net: MarkovNet, targets: Targets) -> dict[str, int]:
     come back, the one with the highest retain probability first, as long as one fits.
     """
     choices = [unit.choices for unit in net.graph.units]
-    means = net.width_moments(1).squeeze(1).tolist()
+    means = net.expected_widths().values()
     q = _retain_by_unit(net)
     place = [_nearest(grid, mean) for grid, mean in zip(choices, means, strict=True)]
 
@@ -126,7 +126,8 @@ def sample_within(
         draws += len(drawn)
     widths = torch.cat(found)[:count]
     if not len(widths):
-        mean = float(targets.ratios(net.width_moments()).max())
+        expected = net.expected_cost(net.cost_table(targets.costs))
+        mean = float(targets.ratios(expected.cost).max())
         raise SamplingError(
             f"none of {draws:,} sampled structures lies within {tolerance:.1%} of the budget: the "
             f"closest is {closest:.1%} away and their mean is {mean:.1%} of it"

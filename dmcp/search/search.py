@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmcp.errors import CheckpointError, ConfigError
+from dmcp.ops import ExpectedCost
 from dmcp.search.budget import Budget, Targets
 from dmcp.search.budget_loss import BudgetLoss
 from dmcp.search.markov_net import MarkovNet
@@ -76,10 +77,11 @@ class Search:
             len(self.targets.bounds),
             net.architecture_parameters()[0].device,
         )
+        self._table = net.cost_table(self.targets.costs)
         for chain in net.chains.values():
             chain.reset(options.start)  # type: ignore[operator]
         with torch.no_grad():
-            self._first_ratios = self.targets.ratios(net.width_moments())
+            self._first_ratios = self.targets.ratios(self.expected_cost().cost)
         broadcast_parameters(net, self.world)
 
     @property
@@ -116,12 +118,18 @@ class Search:
                 arch_images, arch_labels = images, labels
             metrics |= self._architecture_step(arch_images, arch_labels, teacher)
         with torch.no_grad():
-            moments = self.net.width_moments()
-            metrics |= {
-                f"expected_{cost.metric}": cost.mean(moments) for cost in self.targets.costs
-            }
+            expected = self.expected_cost().cost.unbind()
+        metrics |= {
+            f"expected_{cost.metric}": value
+            for cost, value in zip(self.targets.costs, expected, strict=True)
+        }
         self.step_index += 1
         return metrics
+
+    def expected_cost(self) -> ExpectedCost:
+        """What the chains say now, with mean and variance of every cost that has a bound; see
+        `dmcp.ops.expected_cost`."""
+        return self.net.expected_cost(self._table)
 
     def expected_widths(self) -> dict[str, int]:
         """Expected sampling: on the grid, inside the budget; see `dmcp.search.expected_widths`."""
@@ -221,12 +229,12 @@ class Search:
         done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
         set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
         self.arch_optimizer.zero_grad(set_to_none=True)
-        with _frozen(self.net.weight_parameters()), self.net.masked():
+        with _frozen(self.net.weight_parameters()), self.net.masked(self._table) as expected:
             logits = self.net(images)
             if self.options.match_scale:
                 logits = logits * (self._deviation(teacher) / self._deviation(logits))
             task = cross_entropy(logits, labels, self.options.label_smoothing)
-            ratios = self.targets.ratios(self.net.width_moments()) / self._slack(done)
+            ratios = self.targets.ratios(expected.cost) / self._slack(done)
             budget = self.budget_loss(ratios)
             (task + budget).backward()
         average_gradients(self.net.architecture_parameters(), self.world)

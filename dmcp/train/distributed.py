@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dmcp.errors import ConfigError
+from dmcp.ops import norm_act
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,8 @@ def synchronised_batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with the batch statistics of all processes.
 
-    Each process measures its mean and then its centred sum of squares; these are joined exactly,
-    so that a large mean costs no digits and shards may differ in size. The running variance is
-    unbiased over the global batch. Statistics are float32 for half-precision input.
+    `dmcp.ops.norm_act` without an activation: means and centred sums of squares are joined exactly,
+    so that a large mean costs no digits and shards may differ in size.
 
     Args:
         x: [N, C, ...], the shard of this process.
@@ -166,18 +166,23 @@ def synchronised_batch_norm(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         world: the processes that share the batch.
+
+    Raises:
+        TypeError: ``weight`` or a running statistic is in half precision.
     """
     if not training or world.size == 1:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    with torch.no_grad():
-        mean, variance, count = _global_moments(x, world)
-        if running_mean is not None:
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        if running_var is not None:
-            unbiased = variance * (count / (count - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        inverse_std = torch.rsqrt(variance + eps)
-    return _Normalise.apply(x, weight, bias, mean, inverse_std, count)
+    return norm_act(
+        x,
+        weight,
+        bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=True,
+        momentum=momentum,
+        eps=eps,
+        synchronised=True,
+    )
 
 
 class _SynchronisedForward(_BatchNorm):
@@ -281,73 +286,6 @@ class _AllReduceSum(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
-
-
-class _Normalise(torch.autograd.Function):
-    """(x - mean) inverse_std weight + bias, where mean and inverse_std come from all the ``x``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        inverse_std: Tensor,
-        count: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, inverse_std, count)
-        scale = inverse_std if weight is None else inverse_std * weight
-        y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
-        if bias is not None:
-            y = y + _per_channel(bias, x)
-        return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse_std, count = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        over = _all_but_channels(x)
-        normalised = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
-        gradient = gradient.to(normalised.dtype)
-        sums = torch.stack([gradient.sum(over), (gradient * normalised).sum(over)])
-        grad_bias = sums[0].to(mean.dtype) if needs_bias else None
-        grad_weight = sums[1].to(weight.dtype) if needs_weight else None
-        if not needs_x:
-            return None, grad_weight, grad_bias, None, None, None
-        # The gradient of the sum of all processes' losses: every x moves everyone's statistics.
-        shares = sums.clone()
-        dist.all_reduce(shares)
-        shares /= count
-        grad_x = gradient - _per_channel(shares[0], x) - normalised * _per_channel(shares[1], x)
-        scale = inverse_std if weight is None else inverse_std * weight
-        grad_x = (grad_x * _per_channel(scale, x)).to(x.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
-
-
-def _global_moments(x: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and count [] of all processes' ``x``, in one collective."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    variance, mean = torch.var_mean(x, _all_but_channels(x), correction=0)
-    count = mean.new_full((1,), x.numel() // x.shape[1])
-    means, variances, counts = all_gather(torch.cat([mean, variance, count]), world).split(
-        [len(mean), len(variance), 1], dim=1
-    )
-    shares = counts / counts.sum()
-    global_mean = (shares * means).sum(0)
-    global_variance = (shares * (variances + (means - global_mean) ** 2)).sum(0)
-    return global_mean, global_variance, counts.sum()
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [axis for axis in range(x.ndim) if axis != 1]
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Shape [C] values to broadcast against ``x`` [N, C, ...]."""
-    return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
 def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:

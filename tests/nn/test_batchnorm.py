@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dmcp.nn import MarkovBatchNorm2d, MarkovChain, masked
+from dmcp.nn.batchnorm import ACTIVATIONS
 
 
 def pair(channels=24, **options):
@@ -27,6 +29,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.usefixtures("reference_ops")
 def test_it_is_batch_norm_at_full_width(options):
     plain, markov = pair(**options)
     for training in (True, True, False):
@@ -70,9 +73,62 @@ def test_the_mask_scales_the_output_and_leaves_the_statistics(options, training)
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.usefixtures("reference_ops")
 def test_a_module_that_does_not_mask_ignores_the_mask():
     plain, markov = pair()
     markov.masks = False
     images = torch.randn(4, 24, 5, 5)
     with masked(markov._axes[0]):
         assert torch.equal(markov(images), plain(images))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_kernels_are_batch_norm_to_rounding(options, training):
+    plain, markov = pair(**options)
+    plain.train(training)
+    markov.train(training)
+    results = []
+    for norm in (plain, markov):
+        x = torch.randn(4, 24, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = norm(x)
+        y.sin().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+    for wanted, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(("module", "act"), list(ACTIVATIONS.items()))
+def test_activation_mask_and_residual_in_one_module(module, act, place):
+    torch.manual_seed(0)
+    chain = MarkovChain(24, start=0.7)
+    norm = MarkovBatchNorm2d(24, chain=chain, act=act).double()
+    images, residual = torch.randn(2, 4, 24, 5, 5, dtype=torch.float64)
+    with masked(chain):
+        y = norm(images, residual, place)
+    v = F.batch_norm(images, None, None, training=True)
+    q = chain.channel_retain().view(-1, 1, 1)
+    expected = module()(q * v + residual) if place == "before" else q * module()(v) + residual
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_in_half_precision_is_pytorchs():
+    plain, markov = pair()
+    chain = markov._axes[0]
+    plain, markov = plain.bfloat16(), markov.bfloat16()
+    images = torch.randn(4, 24, 5, 5, dtype=torch.bfloat16)
+    y = markov(images)
+    assert torch.equal(y, plain(images))
+    assert torch.equal(markov.running_var, plain.running_var)
+    with masked(chain):
+        scaled = markov(images)
+    assert scaled.dtype == torch.bfloat16
+    expected = y.float() * chain.channel_retain().view(-1, 1, 1)
+    torch.testing.assert_close(scaled.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_a_batch_of_one_value_per_channel_is_refused_as_pytorch_does():
+    _, markov = pair()
+    with pytest.raises(ValueError, match="values per channel"):
+        markov(torch.zeros(1, 24, 1, 1))

@@ -109,6 +109,7 @@ def test_a_depthwise_convolution_follows_its_producers_chain():
     torch.testing.assert_close(depthwise(first(images)), whole[:, :8])
 
 
+@pytest.mark.usefixtures("reference_ops")
 def test_with_its_norm_and_activation_it_is_the_three_modules():
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(16)
@@ -159,6 +160,27 @@ def test_the_mask_scales_the_activation_once(norm, act):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     (gradient,) = torch.autograd.grad(expected.sin().sum(), alpha)
     torch.testing.assert_close(conv.chain.alpha.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), None], ids=["relu", "none"])
+def test_a_residual_joins_between_the_norm_and_the_activation(act):
+    torch.manual_seed(0)
+    conv = MarkovConv2d(8, 16, 3, padding=1, bias=False, norm=nn.BatchNorm2d(16), act=act).double()
+    images = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    residual = torch.randn(4, 16, 6, 6, dtype=torch.float64)
+    with masked(conv):
+        actual = conv(images, residual)
+    v = F.batch_norm(F.conv2d(images, conv.weight, padding=1), None, None, training=True)
+    total = conv.chain.channel_retain().view(-1, 1, 1) * v + residual
+    expected = total if act is None else act(total)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": nn.BatchNorm2d(16), "act": nn.LeakyReLU()}])
+def test_a_residual_without_a_place_to_join_is_refused(options):
+    conv = MarkovConv2d(8, 16, 1, **options)
+    with pytest.raises(ConfigError, match="a residual needs a norm"):
+        conv(torch.zeros(2, 8, 4, 4), torch.zeros(2, 16, 4, 4))
 
 
 def test_mask_and_width_together_scale_the_prefix():

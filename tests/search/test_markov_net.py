@@ -7,6 +7,7 @@ from torch import nn
 
 import dmcp
 from dmcp.errors import ConfigError, TraceError
+from dmcp.nn import MarkovBatchNorm2d
 from dmcp.search import MarkovNet
 
 
@@ -35,6 +36,7 @@ def gradients(parameters):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.usefixtures("reference_ops")
 def test_unmasked_and_surely_retained_nets_are_the_users_model_bit_for_bit(
     network, tensors, memory_format
 ):
@@ -63,6 +65,53 @@ def test_unmasked_and_surely_retained_nets_are_the_users_model_bit_for_bit(
     for wanted, got in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(wanted.grad, got.grad)
     assert all(alpha.grad is not None for alpha in net.architecture_parameters())
+
+
+def test_an_unmasked_net_is_the_users_model_to_rounding(network, tensors):
+    """With the kernels of this machine; the last bits are PyTorch's with the reference ops only."""
+    case = network.to(torch.float64)
+    plain = copy.deepcopy(case.model)
+    net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
+    expected, actual = (passes(model, case.inputs, tensors) for model in (plain, net))
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    for got, wanted in zip(case.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-9)
+    for got, wanted in zip(case.model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+def fused(net):
+    """The activations that norms compute."""
+    norms = [module for module in net.model.modules() if isinstance(module, MarkovBatchNorm2d)]
+    return [norm.act for norm in norms if norm.act != "identity"]
+
+
+def test_norms_compute_the_activation_modules_behind_them(example):
+    case = example("mobilenet_v2")
+    relus = sum(isinstance(module, nn.ReLU6) for module in case.model.modules())
+    net = MarkovNet(case.model, case.inputs)
+    assert relus > 0
+    assert fused(net) == ["relu6"] * relus
+    assert not any(isinstance(module, nn.ReLU6) for module in net.model.modules())
+
+
+@pytest.mark.parametrize("name", ["Residual", "FunctionalReLU6", "SharedActivation", "ReadTwice"])
+def test_activations_that_others_need_stay_where_they_are(example, name):
+    """Functional calls, a module called twice, a norm that another module reads as well."""
+    case = example(name)
+    assert fused(MarkovNet(case.model, case.inputs, groups=4, divisor=1)) == []
+
+
+def test_an_activation_with_a_hook_stays_a_module(example):
+    case = example("Depthwise")
+    seen = []
+    case.model[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
+    seen.clear()
+    net(*case.inputs)
+    assert fused(net) == ["relu6"]
+    assert len(seen) == 1
 
 
 def test_a_sub_network_equals_the_extracted_network(network, random_widths, tensors):
@@ -217,6 +266,7 @@ def test_training_the_net_trains_the_model(example):
     assert changed == list(before)
 
 
+@pytest.mark.usefixtures("reference_ops")
 def test_hooks_of_the_users_modules_run_in_the_net(example):
     case = example("Residual")
     plain = case.model.eval()(*case.inputs)
@@ -269,6 +319,31 @@ def test_moments_and_expected_widths(example):
     assert torch.equal(
         net.retain(), torch.cat([net.chain(u.name).retain() for u in net.graph.searchable])
     )
+
+
+def test_masks_and_expected_costs_come_from_one_evaluation(example):
+    case = example("Residual")
+    net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
+    random_alpha(net)
+    costs = [dmcp.cost(net.graph, metric) for metric in ("macs", "params")]
+    with net.masked(net.cost_table(costs)) as expected:
+        for unit, mask in zip(
+            net.graph.units,
+            expected.scale.split([u.channels for u in net.graph.units]),
+            strict=True,
+        ):
+            if not unit.searchable:
+                assert (mask == 1).all()
+                continue
+            chain = net.chain(unit.name)
+            assert chain.mask.data_ptr() == mask.data_ptr()
+            assert torch.equal(chain.mask, chain.channel_retain())
+    assert expected.widths.tolist() == [*net.expected_widths().values()]
+    for number, cost in enumerate(costs):
+        torch.testing.assert_close(expected.cost[number], cost.mean(net.width_moments(2)))
+        torch.testing.assert_close(expected.variance[number], cost.variance(net.width_moments(4)))
+    with pytest.raises(ConfigError, match="orders must be 1, 2, 3 or 4, got 5"):
+        net.width_moments(5)
 
 
 def test_contexts_restore_the_net(example):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import dmcp
-from dmcp.cost import ChainLayout, Cost, width_moments
+from dmcp.cost import Cost
 from dmcp.nn import width_choices
+from dmcp.ops import CostTable, expected_cost
 
 SMALL_ENOUGH_TO_ENUMERATE = [
     "Residual",
@@ -59,15 +60,19 @@ def test_mean_and_variance_are_those_of_all_structures(example, name, metric):
     mean = (probability * costs).sum()
     variance = (probability * (costs - mean) ** 2).sum()
 
-    moments = width_moments(q, ChainLayout.of(choices), orders=4)
-    closed_mean, closed_variance = cost.mean(moments), cost.variance(moments)
-    torch.testing.assert_close(closed_mean, mean, rtol=1e-12, atol=0)
-    torch.testing.assert_close(closed_variance, variance, rtol=1e-11, atol=0)
-
-    for closed, enumerated in ((closed_mean, mean), (closed_variance, variance)):
-        (gradient,) = torch.autograd.grad(closed, alpha, retain_graph=True)
-        (expected,) = torch.autograd.grad(enumerated, alpha, retain_graph=True)
-        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9 * float(mean))
+    chosen = expected_cost(alpha, CostTable.of(choices, [cost.coefficients()]))
+    for closed_mean, closed_variance in (
+        (chosen.cost[0], chosen.variance[0]),
+        (cost.mean(chosen.moments.T), cost.variance(chosen.moments.T)),
+    ):
+        torch.testing.assert_close(closed_mean, mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(closed_variance, variance, rtol=1e-11, atol=0)
+        for closed, enumerated in ((closed_mean, mean), (closed_variance, variance)):
+            (gradient,) = torch.autograd.grad(closed, alpha, retain_graph=True)
+            (expected,) = torch.autograd.grad(enumerated, alpha, retain_graph=True)
+            torch.testing.assert_close(
+                gradient, expected, rtol=1e-9, atol=1e-9 * float(mean.detach())
+            )
 
 
 def test_the_gradient_equals_finite_differences(example):
@@ -75,14 +80,13 @@ def test_the_gradient_equals_finite_differences(example):
     graph = dmcp.trace(case.model, case.inputs)
     cost = dmcp.cost(graph)
     choices, alpha = chains(graph)
-    layout = ChainLayout.of(choices)
+    table = CostTable.of(choices, [cost.coefficients()])
 
     def mean(alpha):
-        return cost.mean(width_moments(retain_by_definition(alpha, choices), layout))
+        return cost.mean(expected_cost(alpha, table).moments.T)
 
     def deviation(alpha):
-        q = retain_by_definition(alpha, choices)
-        return cost.variance(width_moments(q, layout, 4)).sqrt()
+        return cost.variance(expected_cost(alpha, table).moments.T).sqrt()
 
     assert torch.autograd.gradcheck(mean, alpha)
     assert torch.autograd.gradcheck(deviation, alpha)
@@ -98,17 +102,16 @@ def test_a_unit_at_both_ends_enters_by_its_second_moment(example):
     assert cost.mean(moments) - cost.mean(squared) == 9 * 8 * 8 * (20 - 16)
 
 
-def test_width_moments_by_hand():
-    layout = ChainLayout.of([(2, 5), (3,), (1, 2, 4)])
-    assert layout.offsets.tolist() == [0, 1, 1, 3]
-    q = torch.tensor([0.25, 0.5, 0.125])
-    moments = width_moments(q, layout, orders=2)
-    assert moments.dtype == torch.float64
-    assert moments.tolist() == [
-        [2 + 0.25 * 3, 4 + 0.25 * 21],
-        [3, 9],
-        [1 + 0.5 + 0.125 * 2, 1 + 0.5 * 3 + 0.125 * 12],
-    ]
+def test_coefficients_are_the_polynomial(example, random_widths):
+    case = example("BothEnds")
+    graph = dmcp.trace(case.model, case.inputs)
+    cost = dmcp.cost(graph, "params")
+    matrix = cost.coefficients()
+    assert torch.equal(matrix, matrix.T)
+    for seed in range(3):
+        widths = random_widths(graph, seed)
+        c = torch.tensor([1.0, *widths.values()], dtype=torch.float64)
+        assert c @ matrix.triu() @ c == cost.of(widths)
 
 
 def test_certain_chains_have_the_cost_of_one_structure(example):
@@ -116,11 +119,14 @@ def test_certain_chains_have_the_cost_of_one_structure(example):
     graph = dmcp.trace(case.model, case.inputs)
     cost = dmcp.cost(graph)
     choices, alpha = chains(graph)
-    for q, place in ((torch.ones_like(alpha), -1), (torch.zeros_like(alpha), 0)):
-        moments = width_moments(q, ChainLayout.of(choices), 4)
+    table = CostTable.of(choices, [cost.coefficients()])
+    for sign, place in ((1, -1), (-1, 0)):
+        chosen = expected_cost(torch.full_like(alpha, sign * 1000.0), table)
         structure = {u.name: grid[place] for u, grid in zip(graph.units, choices, strict=True)}
-        assert cost.mean(moments) == cost.of(structure)
-        assert cost.variance(moments).abs() <= 1e-12 * cost.of(structure) ** 2
+        assert chosen.cost.item() == cost.of(structure)
+        assert chosen.variance.item() == 0
+        assert cost.mean(chosen.moments.T) == cost.of(structure)
+        assert cost.variance(chosen.moments.T).abs() <= 1e-12 * cost.of(structure) ** 2
 
 
 def test_mobilenet_agrees_with_its_sampled_structures(example):
@@ -130,12 +136,12 @@ def test_mobilenet_agrees_with_its_sampled_structures(example):
     with torch.no_grad():
         for alpha in net.architecture_parameters():
             alpha.normal_(1, 1, generator=generator)
-        moments = net.width_moments(4)
         cost: Cost = dmcp.cost(net.graph)
+        expected = net.expected_cost(net.cost_table([cost]))
         count = 40_000
         drawn = dmcp.search.draw_widths(net, count, generator)
     costs = cost.of_many(drawn.widths).double()
-    deviation = cost.variance(moments).sqrt()
-    assert (costs.mean() - cost.mean(moments)).abs() < 4 * deviation / count**0.5
+    deviation = expected.variance.sqrt()
+    assert (costs.mean() - expected.cost).abs() < 4 * deviation / count**0.5
     centred = (costs - costs.mean()) ** 2
     assert (centred.mean() - deviation**2).abs() < 4 * centred.std() / count**0.5
