@@ -54,8 +54,13 @@ void retain_backward_cpu(Address grad_q, Address alpha, Address q, Address offse
 
 dmcp::CostTable cost_table(Address offsets, Address ends, Address coefficients, int64_t units,
                            int64_t groups, int64_t channels, int64_t metrics) {
-  return {at<const int32_t>(offsets), at<const int32_t>(ends), at<const double>(coefficients),
-          units, groups, channels, metrics};
+  return {at<const int32_t>(offsets),
+          at<const int32_t>(ends),
+          at<const double>(coefficients),
+          units,
+          groups,
+          channels,
+          metrics};
 }
 
 template <typename T>
@@ -119,9 +124,9 @@ void norm_stats_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channe
                     Address x, int64_t x_pitch, Address mean, Address var, Address running_mean,
                     Address running_var, double momentum, const std::string& isa) {
   const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
-  dmcp::cpu::norm_act_kernels(isa, shape.dtype).stats(shape,
-                                         input(x, x_pitch), at<void>(mean), at<void>(var),
-                                         at<void>(running_mean), at<void>(running_var), momentum);
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype)
+      .stats(shape, input(x, x_pitch), at<void>(mean), at<void>(var), at<void>(running_mean),
+             at<void>(running_var), momentum);
 }
 
 void norm_act_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last, int dtype,
@@ -130,10 +135,10 @@ void norm_act_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels
                   Address residual, int64_t residual_pitch, Address y, int64_t y_pitch,
                   const std::string& isa) {
   const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
-  dmcp::cpu::norm_act_kernels(isa, shape.dtype).forward(shape,
-      affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
-      static_cast<dmcp::Residual>(residual_kind), input(x, x_pitch),
-      input(residual, residual_pitch), output(y, y_pitch));
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype)
+      .forward(shape, affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
+               static_cast<dmcp::Residual>(residual_kind), input(x, x_pitch),
+               input(residual, residual_pitch), output(y, y_pitch));
 }
 
 void norm_act_sums_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
@@ -143,24 +148,22 @@ void norm_act_sums_cpu(int64_t batch, int64_t channels, int64_t pixels, bool cha
                        Address grad_residual, int64_t grad_residual_pitch, Address sums,
                        const std::string& isa) {
   const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
-  dmcp::cpu::norm_act_kernels(isa, shape.dtype).sums(shape,
-                                        affine_of(mean, var, weight, bias, scale, eps),
-                                        static_cast<dmcp::Act>(act), input(grad, grad_pitch),
-                                        input(x, x_pitch), input(residual, residual_pitch),
-                                        output(grad_residual, grad_residual_pitch),
-                                        at<void>(sums));
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype)
+      .sums(shape, affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
+            input(grad, grad_pitch), input(x, x_pitch), input(residual, residual_pitch),
+            output(grad_residual, grad_residual_pitch), at<void>(sums));
 }
 
 void norm_act_grad_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
                        int dtype, Address mean, Address var, Address weight, Address bias,
-                       Address scale, double eps, int act, Address sums, double count,
-                       Address grad, int64_t grad_pitch, Address x, int64_t x_pitch,
-                       Address grad_x, int64_t grad_x_pitch, const std::string& isa) {
+                       Address scale, double eps, int act, Address sums, double count, Address grad,
+                       int64_t grad_pitch, Address x, int64_t x_pitch, Address grad_x,
+                       int64_t grad_x_pitch, const std::string& isa) {
   const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
-  dmcp::cpu::norm_act_kernels(isa, shape.dtype).grad(shape,
-      affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
-      at<const void>(sums), count, input(grad, grad_pitch), input(x, x_pitch),
-      output(grad_x, grad_x_pitch));
+  dmcp::cpu::norm_act_kernels(isa, shape.dtype)
+      .grad(shape, affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
+            at<const void>(sums), count, input(grad, grad_pitch), input(x, x_pitch),
+            output(grad_x, grad_x_pitch));
 }
 
 #ifdef DMCP_WITH_CUDA
@@ -218,12 +221,11 @@ int64_t norm_workspace_cuda(int64_t batch, int64_t channels, int64_t pixels, boo
   return dmcp::cuda::norm_workspace(shape_of(batch, channels, pixels, channels_last, dtype));
 }
 
-void norm_stats_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
-                     int dtype, Address x, int64_t x_pitch, Address mean, Address var,
-                     Address running_mean, Address running_var, double momentum, Address workspace,
-                     Address stream) {
-  dmcp::cuda::norm_stats(shape_of(batch, channels, pixels, channels_last, dtype),
-                         input(x, x_pitch), at<void>(mean), at<void>(var), at<void>(running_mean),
+void norm_stats_cuda(int64_t batch, int64_t channels, int64_t pixels, bool channels_last, int dtype,
+                     Address x, int64_t x_pitch, Address mean, Address var, Address running_mean,
+                     Address running_var, double momentum, Address workspace, Address stream) {
+  dmcp::cuda::norm_stats(shape_of(batch, channels, pixels, channels_last, dtype), input(x, x_pitch),
+                         at<void>(mean), at<void>(var), at<void>(running_mean),
                          at<void>(running_var), momentum, at<void>(workspace), stream_at(stream));
 }
 
@@ -246,8 +248,8 @@ void norm_act_sums_cuda(int64_t batch, int64_t channels, int64_t pixels, bool ch
                         Address workspace, Address stream) {
   dmcp::cuda::norm_act_sums(shape_of(batch, channels, pixels, channels_last, dtype),
                             affine_of(mean, var, weight, bias, scale, eps),
-                            static_cast<dmcp::Act>(act), input(grad, grad_pitch),
-                            input(x, x_pitch), input(residual, residual_pitch),
+                            static_cast<dmcp::Act>(act), input(grad, grad_pitch), input(x, x_pitch),
+                            input(residual, residual_pitch),
                             output(grad_residual, grad_residual_pitch), at<void>(sums),
                             at<void>(workspace), stream_at(stream));
 }

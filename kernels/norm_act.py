@@ -29,7 +29,8 @@ ACCESS = 16  # bytes
 WARPS = 8
 LOADS = 4  # accesses that a thread waits for at a time
 WIDTH = 128  # bytes of a row that a tile takes at least, if the row has them: a cache line
-PROGRAMS_PER_SM = 2  # resident together as long as no kernel needs more than 128 registers
+PROGRAMS_PER_SM = 2  # all resident together
+REGISTERS = 65536 // (32 * WARPS * PROGRAMS_PER_SM)  # of a thread, at most, for that
 PROGRAMS_INTERPRETED = 4
 ORIGIN_SAMPLES = tl.constexpr(16)
 TOTAL_GROUPS = tl.constexpr(256)  # partial sums added at a time,
@@ -153,6 +154,7 @@ def _value_or(array, channel, valid, otherwise: tl.constexpr):
 
 @_jit
 def _inverse_std(var, eps, channel, valid):
+    # Floats come as float64 from whoever launches, and would make one of all that they meet.
     epsilon = tl.full([], eps, var.dtype.element_ty)
     return 1.0 / tl.sqrt(tl.load(var + channel, mask=valid, other=1.0) + epsilon)
 
@@ -186,6 +188,7 @@ def _share(channels, layout: tl.constexpr):
 
 @_jit
 def _tile(step, channel, rows, channels, pixels, layout: tl.constexpr):
+    """The tile of a step. Channels first, steps go along a block of rows, then to the next one."""
     if layout.channels_last:
         first_row = step.to(tl.int64) * layout.block_rows
         before = 0
@@ -437,11 +440,11 @@ def norm_act_sums_kernel(
         u = d * gain + shift
         if residual is not None:
             u += _load(residual, tile, residual_pitch, dtype, layout)
+        if kinds == 3:  # first, which saves registers
+            s2 += _sum_of_loads(dy * _activate(u, act), layout)
         g = _times_slope(dy, u, act)
         s0 += _sum_of_loads(g, layout)
         s1 += _sum_of_loads(g * d, layout)
-        if kinds == 3:
-            s2 += _sum_of_loads(dy * _activate(u, act), layout)
         if residual is not None:
             _store(grad_residual, g, tile, pitch, layout)
         step += 1
@@ -561,6 +564,7 @@ def _matrix(first: Placed, *others: Placed | None) -> _Matrix:
         "steps": steps,
         "layout": layout,
         "num_warps": WARPS,
+        "maxnreg": REGISTERS,
     }
     return _Matrix(arguments, groups, groups * sharers)
 

@@ -32,7 +32,7 @@ namespace dmcp {
 // offsets [units + 1]: chain u is the groups offsets[u] <= k < offsets[u + 1].
 // ends [groups + units]: of every choice, where its channels end when those of all units stand one
 // after the other. The choices of unit u begin at offsets[u] + u, with its base.
-// coefficients [metrics, 1 + units, 1 + units]: K, symmetric, K_ij and K_ji holding the same number.
+// coefficients [metrics, 1 + units, 1 + units]: K, symmetric, K_ij = K_ji being the same number.
 struct CostTable {
   const int32_t* offsets;
   const int32_t* ends;

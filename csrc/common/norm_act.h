@@ -1,7 +1,8 @@
 // The arithmetic of normalise-activate-mask, shared by the CPU and the CUDA kernels.
 //
 //   v = weight (x - mean) / sqrt(var + eps) + bias            per channel
-//   y = scale act(v) + residual       or, where the residual comes first,  y = act(scale v + residual)
+//   y = scale act(v) + residual       or, where the residual comes first,  y = act(scale v +
+//   residual)
 //
 // Functions of activations are templates over V, one number or a SIMD vector of them. Whoever uses
 // another V than float or double declares exponential(V), and faster versions of others if it has
@@ -65,8 +66,8 @@ DMCP_HOST_DEVICE S value_or(const void* array, int64_t c, S otherwise) {
 
 template <typename S>
 DMCP_HOST_DEVICE S inverse_std(const Affine& affine, int64_t c) {
-  return static_cast<S>(1.0 / sqrt(static_cast<double>(static_cast<const S*>(affine.var)[c]) +
-                                   affine.eps));
+  return static_cast<S>(
+      1.0 / sqrt(static_cast<double>(static_cast<const S*>(affine.var)[c]) + affine.eps));
 }
 
 template <typename S>
@@ -149,16 +150,16 @@ DMCP_HOST_DEVICE V norm_act(V x, V mean, V gain, V shift, V scale, V residual) {
 // Backward. With g = dy act'(u), where u is what the activation saw, the sums over a channel are
 //   s0 = sum g,  s1 = sum g (x - mean),  s2 = sum dy act(u)
 // and the gradients, q the scale and r = 1 / sqrt(var + eps):
-//   d bias = q s0,  d weight = q r s1,  d q = s2, or weight r s1 + bias s0 where the scale is folded
-//   dx = weight r (q g - d bias / M - r (x - mean) d weight / M)
+//   d bias = q s0,  d weight = q r s1,  d q = s2, or weight r s1 + bias s0 where the scale is
+//   folded dx = weight r (q g - d bias / M - r (x - mean) d weight / M)
 // with the two means over the M values of a channel only where mean and var are the batch's.
 template <typename V>
 struct Terms {
   V s0, s1, s2;
 };
 
-// What one value adds to the sums. With a residual (before the activation), s0 is also its gradient.
-// s2 is left 0 where the scale is folded.
+// What one value adds to the sums. With a residual (before the activation), s0 is also its
+// gradient. s2 is left 0 where the scale is folded.
 template <Act act, bool before, typename S, typename V>
 DMCP_HOST_DEVICE Terms<V> terms_of(V grad, V x, V mean, V gain, V shift, V residual) {
   const V centred = x - mean;
@@ -181,8 +182,7 @@ DMCP_HOST_DEVICE Gradients<S> gradients_of(const Affine& affine, int64_t c, doub
   const double centred = s1 * inverse_std<S>(affine, c);
   const double folded =
       value_or<S>(affine.weight, c, 1) * centred + value_or<S>(affine.bias, c, 0) * s0;
-  return {static_cast<S>(q * s0), static_cast<S>(q * centred),
-          static_cast<S>(fold ? folded : s2)};
+  return {static_cast<S>(q * s0), static_cast<S>(q * centred), static_cast<S>(fold ? folded : s2)};
 }
 
 // dx = g by_gradient - constant - (x - mean) by_input

@@ -5,7 +5,6 @@
 
 #include "common/host_device.h"
 
-
 namespace dmcp {
 
 // Everything is computed in double, also for float tensors: a product of a hundred probabilities

@@ -30,7 +30,8 @@ struct NormActKernels {
 // Names of the instruction sets that this machine can run, the best one last.
 std::vector<std::string> isas();
 
-// The kernels for activations of this dtype. Throws std::invalid_argument if `isa` is none of isas().
+// The kernels for activations of this dtype. Throws std::invalid_argument if `isa` is none of
+// isas().
 const NormActKernels& norm_act_kernels(const std::string& isa, DType dtype);
 
 }  // namespace dmcp::cpu

@@ -1,7 +1,8 @@
 // The kernels of norm_act for one instruction set. CMake compiles this file once per set, each time
-// with its own name for the table at the end, DMCP_NORM_ACT_KERNELS; where a set adds instructions for
-// bfloat16 alone, with DMCP_BFLOAT16_ONLY, as what it serves. To keep code of one set out of
-// the others, everything else has internal linkage, and no template of the standard library is used.
+// with its own name for the table at the end, DMCP_NORM_ACT_KERNELS; where a set adds instructions
+// for bfloat16 alone, with DMCP_BFLOAT16_ONLY, as what it serves. To keep code of one set out of
+// the others, everything else has internal linkage, and no template of the standard library is
+// used.
 
 #include "cpu/simd.h"  // first: declares exponential() of vectors, for common/norm_act.h
 
@@ -16,18 +17,21 @@
 namespace dmcp {
 namespace {
 
-// --- Blocks of work -------------------------------------------------------------------------------
+// --- Blocks of work
+// -------------------------------------------------------------------------------
 
 // Sums are taken per block and added in the order of the blocks, and what a block is depends on the
 // shape alone: the result has the same bits for any number of threads.
 constexpr int64_t kBlockElements = 32768;
 constexpr int64_t kBlockRows = 32;  // at least: the sums of a block must be few next to its values
+constexpr int64_t kAddends = 256;   // at most, to one sum in float; sums of sums are in double
+constexpr int64_t kFewColumns = kBlockElements / kAddends;  // at least, where rows can be folded
 
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
 
-// Bodies capture by value: a store could change what is captured by reference, as far as the compiler
-// can tell, and it would read that again after each.
+// Bodies capture by value: a store could change what is captured by reference, as far as the
+// compiler can tell, and it would read that again after each.
 //
 // A second pass goes backwards: what the first one read last is still in the cache of its thread.
 enum class Direction { forwards, backwards };
@@ -79,7 +83,8 @@ class Scratch {
 
 thread_local Scratch scratch;
 
-// --- A vector, or the part of one that is left at the end of a row --------------------------------
+// --- A vector, or the part of one that is left at the end of a row
+// --------------------------------
 
 struct Whole {};
 struct Part {
@@ -119,23 +124,23 @@ struct Count {
   static constexpr int64_t value = count;
 };
 
-// --- Channels last: a matrix with a column per channel --------------------------------------------
+// --- Channels last: a matrix with a column per channel
+// --------------------------------------------
 
 // A dense matrix may be folded: several rows become one, so that the columns fill whole vectors.
 template <typename T>
 struct Matrix {
   using S = typename ComputeIn<T>::type;
 
-  int64_t fold = 1;     // pixels in a row
-  int64_t rows;         // whole rows
-  int64_t columns;      // fold * channels
-  int64_t left;         // columns of one more row that is not whole
+  int64_t fold = 1;  // pixels in a row
+  int64_t rows;      // whole rows
+  int64_t columns;   // fold * channels
+  int64_t left;      // columns of one more row that is not whole
   int64_t block_rows;
   int64_t blocks;
 
   // `widest`: the largest pitch among the tensors of the call.
   Matrix(const Shape& shape, int64_t widest) {
-    constexpr int64_t kFewColumns = 8 * kLanes<S>;
     if (widest == shape.channels) {
       int64_t unit = 1;
       while (unit * shape.channels % kLanes<S>) unit *= 2;  // lanes are a power of two
@@ -145,7 +150,7 @@ struct Matrix {
     columns = fold * shape.channels;
     rows = shape.count() / fold;
     left = shape.count() % fold * shape.channels;
-    block_rows = larger(kBlockRows, kBlockElements / columns);
+    block_rows = smaller(kAddends, larger(kBlockRows, kBlockElements / columns));
     blocks = larger(1, blocks_of(rows, block_rows));
   }
 
@@ -172,6 +177,45 @@ struct Matrix {
   }
 };
 
+// An output of this size or more does not fit the caches that its readers look into: it is written
+// past them, which spares reading what it overwrites. Over the large layers of MobileNetV2 forward
+// and backward take a quarter less time so; at a megabyte they gain nothing.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
+// An output as a matrix.
+template <typename T>
+struct Sink {
+  T* data;
+  int64_t pitch;
+  bool streams;
+
+  Sink(const Matrix<T>& matrix, Pitched<T> tensor)
+      : data(tensor.data), pitch(matrix.pitch(tensor.pitch)) {
+    constexpr int64_t kVectorBytes = kLanes<typename Matrix<T>::S> * sizeof(T);
+    const int64_t row_bytes = pitch * sizeof(T);
+    streams = kCanStream && row_bytes * matrix.rows >= kStreamedBytes &&
+              row_bytes % kVectorBytes == 0 &&
+              reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+  }
+
+  template <typename V>
+  void put(int64_t row, int64_t column, V v, Whole) const {
+    T* to = data + row * pitch + column;
+    if (streams)
+      stream(to, v);
+    else
+      store(to, v);
+  }
+  template <typename V>
+  void put(int64_t row, int64_t column, V v, Part part) const {
+    store(data + row * pitch + column, v, part);
+  }
+
+  void end_block() const {
+    if (streams) end_streams();
+  }
+};
+
 // Repeats the values of the channels for every pixel of a folded row.
 template <typename S>
 void repeat(S* values, int64_t channels, int64_t columns) {
@@ -190,7 +234,8 @@ void add_up(const S* sums, int64_t k, int64_t blocks, int64_t padded, int64_t co
           total[i * channels + c] += sums[(block * k + i) * padded + begin + c];
 }
 
-// --- Channels first: a plane of pixels for every channel of every sample --------------------------
+// --- Channels first: a plane of pixels for every channel of every sample
+// --------------------------
 
 template <typename T>
 struct Planes {
@@ -219,9 +264,24 @@ struct Planes {
   // body(Whole or Part, pixel)
   template <typename Body>
   void walk_plane(const Body& body) const {
-    int64_t pixel = 0;
-    for (; pixel + kLanes<S> <= pixels; pixel += kLanes<S>) body(Whole{}, pixel);
-    if (pixel < pixels) body(Part{static_cast<int>(pixels - pixel)}, pixel);
+    walk_pixels(0, pixels, body);
+  }
+
+  // The same, and end() after so many vectors that what they added up should be put away.
+  template <typename Body, typename End>
+  void walk_plane(const Body& body, const End& end) const {
+    constexpr int64_t kSegment = kAddends * kLanes<S>;
+    for (int64_t pixel = 0; pixel < pixels; pixel += kSegment) {
+      walk_pixels(pixel, smaller(pixels, pixel + kSegment), body);
+      end();
+    }
+  }
+
+ private:
+  template <typename Body>
+  static void walk_pixels(int64_t pixel, int64_t end, const Body& body) {
+    for (; pixel + kLanes<S> <= end; pixel += kLanes<S>) body(Whole{}, pixel);
+    if (pixel < end) body(Part{static_cast<int>(end - pixel)}, pixel);
   }
 };
 
@@ -233,7 +293,8 @@ inline void add_up_planes(const double* sums, int64_t k, int64_t planes, int64_t
     for (int64_t i = 0; i < k; ++i) total[i * channels + plane % channels] += sums[plane * k + i];
 }
 
-// --- Per-channel values as arrays -----------------------------------------------------------------
+// --- Per-channel values as arrays
+// -----------------------------------------------------------------
 
 template <typename S>
 struct Channels {
@@ -258,7 +319,8 @@ struct Channels {
   }
 };
 
-// --- Statistics -----------------------------------------------------------------------------------
+// --- Statistics
+// -----------------------------------------------------------------------------------
 
 template <typename S>
 void write_moments(const Shape& shape, const S* origin, const double* total, void* mean, void* var,
@@ -327,24 +389,30 @@ void stats_channels_first(const Shape& shape, const T* x, int64_t pitch, double*
     origin[c] = sum / static_cast<S>(samples);
   }
   double* sums = scratch.take<double>(planes.planes * 2);
-  for_blocks(
-      planes.blocks, planes.planes * shape.pixels, Direction::forwards, [=](int64_t block) {
-        planes.walk(block, [=](int64_t plane, int64_t c) {
-          const T* begin = x + planes.begin(plane, pitch);
-          Vector<S> a = {}, b = {};
-          planes.walk_plane([&](auto lanes, int64_t pixel) {
+  for_blocks(planes.blocks, planes.planes * shape.pixels, Direction::forwards, [=](int64_t block) {
+    planes.walk(block, [=](int64_t plane, int64_t c) {
+      const T* begin = x + planes.begin(plane, pitch);
+      Vector<S> a = {}, b = {};
+      double s1 = 0.0, s2 = 0.0;
+      planes.walk_plane(
+          [&](auto lanes, int64_t pixel) {
             const Vector<S> d = valid<S>(load(begin + pixel, lanes) - origin[c], lanes);
             a += d;
             b += d * d;
+          },
+          [&] {
+            s1 += take_lanes<S>(a);
+            s2 += take_lanes<S>(b);
           });
-          sums[plane * 2] = sum_lanes<S>(a);
-          sums[plane * 2 + 1] = sum_lanes<S>(b);
-        });
-      });
+      sums[plane * 2] = s1;
+      sums[plane * 2 + 1] = s2;
+    });
+  });
   add_up_planes(sums, 2, planes.planes, shape.channels, total);
 }
 
-// --- Forward --------------------------------------------------------------------------------------
+// --- Forward
+// --------------------------------------------------------------------------------------
 
 template <Act act, Residual kind, typename T>
 void forward_channels_last(const Shape& shape, const Affine& affine, Pitched<const T> x,
@@ -355,26 +423,28 @@ void forward_channels_last(const Shape& shape, const Affine& affine, Pitched<con
   const Channels<S> per_channel(scratch.take<S>(Channels<S>::kArrays * padded), padded);
   per_channel.fill(affine, shape.channels, matrix.columns,
                    homogeneous(act) || kind == Residual::before);
-  const int64_t xp = matrix.pitch(x.pitch), yp = matrix.pitch(y.pitch);
+  const Sink<T> sink(matrix, y);
+  const int64_t xp = matrix.pitch(x.pitch);
   const int64_t rp = matrix.pitch(residual.pitch);
-  for_blocks(
-      matrix.blocks, shape.count() * shape.channels, Direction::backwards, [=](int64_t block) {
-        matrix.walk(block, [=](auto at_once, auto lanes, int64_t row, int64_t column) {
-          const Vector<S> mean = load(per_channel.mean + column);
-          const Vector<S> gain = load(per_channel.gain + column);
-          const Vector<S> shift = load(per_channel.shift + column);
-          const Vector<S> scale = load(per_channel.scale + column);
-          for (int64_t r = 0; r < at_once.value; ++r) {
-            Vector<S> added = {};
-            if constexpr (kind != Residual::none)
-              added = load(residual.data + (row + r) * rp + column, lanes);
-            store(y.data + (row + r) * yp + column,
-                  norm_act<act, kind, S>(load(x.data + (row + r) * xp + column, lanes), mean, gain,
-                                         shift, scale, added),
-                  lanes);
-          }
-        });
-      });
+  for_blocks(matrix.blocks, shape.count() * shape.channels, Direction::backwards,
+             [=](int64_t block) {
+               matrix.walk(block, [=](auto at_once, auto lanes, int64_t row, int64_t column) {
+                 const Vector<S> mean = load(per_channel.mean + column);
+                 const Vector<S> gain = load(per_channel.gain + column);
+                 const Vector<S> shift = load(per_channel.shift + column);
+                 const Vector<S> scale = load(per_channel.scale + column);
+                 for (int64_t r = 0; r < at_once.value; ++r) {
+                   Vector<S> added = {};
+                   if constexpr (kind != Residual::none)
+                     added = load(residual.data + (row + r) * rp + column, lanes);
+                   sink.put(row + r, column,
+                            norm_act<act, kind, S>(load(x.data + (row + r) * xp + column, lanes),
+                                                   mean, gain, shift, scale, added),
+                            lanes);
+                 }
+               });
+               sink.end_block();
+             });
 }
 
 template <Act act, Residual kind, typename T>
@@ -383,36 +453,35 @@ void forward_channels_first(const Shape& shape, const Affine& affine, Pitched<co
   using S = typename ComputeIn<T>::type;
   const Planes<T> planes(shape);
   const bool fold = homogeneous(act) || kind == Residual::before;
-  for_blocks(
-      planes.blocks, planes.planes * shape.pixels, Direction::backwards, [=](int64_t block) {
-        planes.walk(block, [=](int64_t plane, int64_t c) {
-          const Channel<S> channel = channel_of<S>(affine, c, fold);
-          const Vector<S> mean = broadcast(channel.mean), gain = broadcast(channel.gain);
-          const Vector<S> shift = broadcast(channel.shift), scale = broadcast(channel.scale);
-          const T* from = x.data + planes.begin(plane, x.pitch);
-          const T* other = residual.data + planes.begin(plane, residual.pitch);
-          T* to = y.data + planes.begin(plane, y.pitch);
-          planes.walk_plane([=](auto lanes, int64_t pixel) {
-            Vector<S> added = {};
-            if constexpr (kind != Residual::none) added = load(other + pixel, lanes);
-            store(to + pixel,
-                  norm_act<act, kind, S>(load(from + pixel, lanes), mean, gain, shift, scale,
-                                         added),
-                  lanes);
-          });
-        });
+  for_blocks(planes.blocks, planes.planes * shape.pixels, Direction::backwards, [=](int64_t block) {
+    planes.walk(block, [=](int64_t plane, int64_t c) {
+      const Channel<S> channel = channel_of<S>(affine, c, fold);
+      const Vector<S> mean = broadcast(channel.mean), gain = broadcast(channel.gain);
+      const Vector<S> shift = broadcast(channel.shift), scale = broadcast(channel.scale);
+      const T* from = x.data + planes.begin(plane, x.pitch);
+      const T* other = residual.data + planes.begin(plane, residual.pitch);
+      T* to = y.data + planes.begin(plane, y.pitch);
+      planes.walk_plane([=](auto lanes, int64_t pixel) {
+        Vector<S> added = {};
+        if constexpr (kind != Residual::none) added = load(other + pixel, lanes);
+        store(to + pixel,
+              norm_act<act, kind, S>(load(from + pixel, lanes), mean, gain, shift, scale, added),
+              lanes);
       });
+    });
+  });
 }
 
-// --- Backward: the sums ---------------------------------------------------------------------------
+// --- Backward: the sums
+// ---------------------------------------------------------------------------
 
 template <typename S>
 void write_gradients(const Shape& shape, const Affine& affine, const double* total, bool fold,
                      S* sums) {
   const int64_t channels = shape.channels;
   for (int64_t c = 0; c < channels; ++c) {
-    const Gradients<S> gradients = gradients_of<S>(affine, c, total[c], total[channels + c],
-                                                   total[2 * channels + c], fold);
+    const Gradients<S> gradients =
+        gradients_of<S>(affine, c, total[c], total[channels + c], total[2 * channels + c], fold);
     sums[c] = gradients.bias;
     sums[channels + c] = gradients.weight;
     sums[2 * channels + c] = gradients.scale;
@@ -424,8 +493,8 @@ void sums_channels_last(const Shape& shape, const Affine& affine, Pitched<const 
                         Pitched<const T> x, Pitched<const T> residual, Pitched<T> grad_residual,
                         double* total) {
   using S = typename ComputeIn<T>::type;
-  const Matrix<T> matrix(shape, larger(larger(x.pitch, grad.pitch),
-                                       larger(residual.pitch, grad_residual.pitch)));
+  const Matrix<T> matrix(
+      shape, larger(larger(x.pitch, grad.pitch), larger(residual.pitch, grad_residual.pitch)));
   const int64_t padded = matrix.padded();
   S* memory = scratch.take<S>((Channels<S>::kArrays + matrix.blocks * 3) * padded);
   S* sums = memory + Channels<S>::kArrays * padded;
@@ -433,33 +502,34 @@ void sums_channels_last(const Shape& shape, const Affine& affine, Pitched<const 
   per_channel.fill(affine, shape.channels, matrix.columns, before);
   const int64_t gp = matrix.pitch(grad.pitch), xp = matrix.pitch(x.pitch);
   const int64_t rp = matrix.pitch(residual.pitch), grp = matrix.pitch(grad_residual.pitch);
-  for_blocks(
-      matrix.blocks, shape.count() * shape.channels, Direction::forwards, [=](int64_t block) {
-        S *s0 = sums + block * 3 * padded, *s1 = s0 + padded, *s2 = s1 + padded;
-        for (int64_t i = 0; i < 3 * padded; ++i) s0[i] = S(0);
-        matrix.walk(block, [=](auto at_once, auto lanes, int64_t row, int64_t column) {
-          const Vector<S> mean = load(per_channel.mean + column);
-          const Vector<S> gain = load(per_channel.gain + column);
-          const Vector<S> shift = load(per_channel.shift + column);
-          Vector<S> a = load(s0 + column), b = load(s1 + column), c = {};
-          if constexpr (!before && !homogeneous(act)) c = load(s2 + column);
-          for (int64_t r = 0; r < at_once.value; ++r) {
-            Vector<S> added = {};
-            if constexpr (before) added = load(residual.data + (row + r) * rp + column, lanes);
-            const auto terms = terms_of<act, before, S>(
-                load(grad.data + (row + r) * gp + column, lanes),
-                load(x.data + (row + r) * xp + column, lanes), mean, gain, shift, added);
-            a += valid<S>(terms.s0, lanes);
-            b += valid<S>(terms.s1, lanes);
-            if constexpr (!before && !homogeneous(act)) c += valid<S>(terms.s2, lanes);
-            if constexpr (before)
-              store(grad_residual.data + (row + r) * grp + column, terms.s0, lanes);
-          }
-          store(s0 + column, a);
-          store(s1 + column, b);
-          if constexpr (!before && !homogeneous(act)) store(s2 + column, c);
-        });
-      });
+  for_blocks(matrix.blocks, shape.count() * shape.channels, Direction::forwards,
+             [=](int64_t block) {
+               S *s0 = sums + block * 3 * padded, *s1 = s0 + padded, *s2 = s1 + padded;
+               for (int64_t i = 0; i < 3 * padded; ++i) s0[i] = S(0);
+               matrix.walk(block, [=](auto at_once, auto lanes, int64_t row, int64_t column) {
+                 const Vector<S> mean = load(per_channel.mean + column);
+                 const Vector<S> gain = load(per_channel.gain + column);
+                 const Vector<S> shift = load(per_channel.shift + column);
+                 Vector<S> a = load(s0 + column), b = load(s1 + column), c = {};
+                 if constexpr (!before && !homogeneous(act)) c = load(s2 + column);
+                 for (int64_t r = 0; r < at_once.value; ++r) {
+                   Vector<S> added = {};
+                   if constexpr (before)
+                     added = load(residual.data + (row + r) * rp + column, lanes);
+                   const auto terms = terms_of<act, before, S>(
+                       load(grad.data + (row + r) * gp + column, lanes),
+                       load(x.data + (row + r) * xp + column, lanes), mean, gain, shift, added);
+                   a += valid<S>(terms.s0, lanes);
+                   b += valid<S>(terms.s1, lanes);
+                   if constexpr (!before && !homogeneous(act)) c += valid<S>(terms.s2, lanes);
+                   if constexpr (before)
+                     store(grad_residual.data + (row + r) * grp + column, terms.s0, lanes);
+                 }
+                 store(s0 + column, a);
+                 store(s1 + column, b);
+                 if constexpr (!before && !homogeneous(act)) store(s2 + column, c);
+               });
+             });
   add_up(sums, 3, matrix.blocks, padded, matrix.columns, shape.channels, total);
 }
 
@@ -470,36 +540,43 @@ void sums_channels_first(const Shape& shape, const Affine& affine, Pitched<const
   using S = typename ComputeIn<T>::type;
   const Planes<T> planes(shape);
   double* sums = scratch.take<double>(planes.planes * 3);
-  for_blocks(
-      planes.blocks, planes.planes * shape.pixels, Direction::forwards, [=](int64_t block) {
-        planes.walk(block, [=](int64_t plane, int64_t c) {
-          const Channel<S> channel = channel_of<S>(affine, c, before);
-          const Vector<S> mean = broadcast(channel.mean), gain = broadcast(channel.gain);
-          const Vector<S> shift = broadcast(channel.shift);
-          const T* incoming = grad.data + planes.begin(plane, grad.pitch);
-          const T* from = x.data + planes.begin(plane, x.pitch);
-          const T* other = residual.data + planes.begin(plane, residual.pitch);
-          T* to = grad_residual.data + planes.begin(plane, grad_residual.pitch);
-          Vector<S> s0 = {}, s1 = {}, s2 = {};
-          planes.walk_plane([&](auto lanes, int64_t pixel) {
+  for_blocks(planes.blocks, planes.planes * shape.pixels, Direction::forwards, [=](int64_t block) {
+    planes.walk(block, [=](int64_t plane, int64_t c) {
+      const Channel<S> channel = channel_of<S>(affine, c, before);
+      const Vector<S> mean = broadcast(channel.mean), gain = broadcast(channel.gain);
+      const Vector<S> shift = broadcast(channel.shift);
+      const T* incoming = grad.data + planes.begin(plane, grad.pitch);
+      const T* from = x.data + planes.begin(plane, x.pitch);
+      const T* other = residual.data + planes.begin(plane, residual.pitch);
+      T* to = grad_residual.data + planes.begin(plane, grad_residual.pitch);
+      Vector<S> a = {}, b = {}, d = {};
+      double s0 = 0.0, s1 = 0.0, s2 = 0.0;
+      planes.walk_plane(
+          [&](auto lanes, int64_t pixel) {
             Vector<S> added = {};
             if constexpr (before) added = load(other + pixel, lanes);
             const auto terms = terms_of<act, before, S>(
                 load(incoming + pixel, lanes), load(from + pixel, lanes), mean, gain, shift, added);
-            s0 += valid<S>(terms.s0, lanes);
-            s1 += valid<S>(terms.s1, lanes);
-            s2 += valid<S>(terms.s2, lanes);
+            a += valid<S>(terms.s0, lanes);
+            b += valid<S>(terms.s1, lanes);
+            d += valid<S>(terms.s2, lanes);
             if constexpr (before) store(to + pixel, terms.s0, lanes);
+          },
+          [&] {
+            s0 += take_lanes<S>(a);
+            s1 += take_lanes<S>(b);
+            s2 += take_lanes<S>(d);
           });
-          sums[plane * 3] = sum_lanes<S>(s0);
-          sums[plane * 3 + 1] = sum_lanes<S>(s1);
-          sums[plane * 3 + 2] = sum_lanes<S>(s2);
-        });
-      });
+      sums[plane * 3] = s0;
+      sums[plane * 3 + 1] = s1;
+      sums[plane * 3 + 2] = s2;
+    });
+  });
   add_up_planes(sums, 3, planes.planes, shape.channels, total);
 }
 
-// --- Backward: the gradient of x ------------------------------------------------------------------
+// --- Backward: the gradient of x
+// ------------------------------------------------------------------
 
 template <typename S>
 struct GradChannels {
@@ -540,25 +617,26 @@ void grad_channels_last(const Shape& shape, const Affine& affine, const void* su
   const GradChannels<S> per_channel(scratch.take<S>(GradChannels<S>::kArrays * padded), padded);
   per_channel.fill(affine, static_cast<const S*>(sums), count, shape.channels, matrix.columns);
   const int64_t gp = matrix.pitch(grad.pitch), xp = matrix.pitch(x.pitch);
-  const int64_t dp = matrix.pitch(grad_x.pitch);
-  for_blocks(
-      matrix.blocks, shape.count() * shape.channels, Direction::backwards, [=](int64_t block) {
-        matrix.walk(block, [=](auto at_once, auto lanes, int64_t row, int64_t column) {
-          const Vector<S> mean = load(per_channel.mean + column);
-          const Vector<S> gain = load(per_channel.gain + column);
-          const Vector<S> shift = load(per_channel.shift + column);
-          const Vector<S> by_gradient = load(per_channel.by_gradient + column);
-          const Vector<S> constant = load(per_channel.constant + column);
-          const Vector<S> by_input = load(per_channel.by_input + column);
-          for (int64_t r = 0; r < at_once.value; ++r) {
-            store(grad_x.data + (row + r) * dp + column,
-                  grad_input<act, S>(load(grad.data + (row + r) * gp + column, lanes),
-                                         load(x.data + (row + r) * xp + column, lanes), mean, gain,
-                                         shift, by_gradient, constant, by_input),
-                  lanes);
-          }
-        });
-      });
+  const Sink<T> sink(matrix, grad_x);
+  for_blocks(matrix.blocks, shape.count() * shape.channels, Direction::backwards,
+             [=](int64_t block) {
+               matrix.walk(block, [=](auto at_once, auto lanes, int64_t row, int64_t column) {
+                 const Vector<S> mean = load(per_channel.mean + column);
+                 const Vector<S> gain = load(per_channel.gain + column);
+                 const Vector<S> shift = load(per_channel.shift + column);
+                 const Vector<S> by_gradient = load(per_channel.by_gradient + column);
+                 const Vector<S> constant = load(per_channel.constant + column);
+                 const Vector<S> by_input = load(per_channel.by_input + column);
+                 for (int64_t r = 0; r < at_once.value; ++r) {
+                   sink.put(row + r, column,
+                            grad_input<act, S>(load(grad.data + (row + r) * gp + column, lanes),
+                                               load(x.data + (row + r) * xp + column, lanes), mean,
+                                               gain, shift, by_gradient, constant, by_input),
+                            lanes);
+                 }
+               });
+               sink.end_block();
+             });
 }
 
 template <Act act, typename T>
@@ -566,31 +644,31 @@ void grad_channels_first(const Shape& shape, const Affine& affine, const void* s
                          Pitched<const T> grad, Pitched<const T> x, Pitched<T> grad_x) {
   using S = typename ComputeIn<T>::type;
   const Planes<T> planes(shape);
-  for_blocks(
-      planes.blocks, planes.planes * shape.pixels, Direction::backwards, [=](int64_t block) {
-        planes.walk(block, [=](int64_t plane, int64_t c) {
-          const Channel<S> channel = channel_of<S>(affine, c, false);
-          const InputGradient<S> input = input_gradient_of<S>(
-              affine, static_cast<const S*>(sums), c, shape.channels, count);
-          const Vector<S> mean = broadcast(channel.mean), gain = broadcast(channel.gain);
-          const Vector<S> shift = broadcast(channel.shift);
-          const Vector<S> by_gradient = broadcast(input.by_gradient);
-          const Vector<S> constant = broadcast(input.constant);
-          const Vector<S> by_input = broadcast(input.by_input);
-          const T* incoming = grad.data + planes.begin(plane, grad.pitch);
-          const T* from = x.data + planes.begin(plane, x.pitch);
-          T* to = grad_x.data + planes.begin(plane, grad_x.pitch);
-          planes.walk_plane([=](auto lanes, int64_t pixel) {
-            store(to + pixel,
-                  grad_input<act, S>(load(incoming + pixel, lanes), load(from + pixel, lanes),
-                                         mean, gain, shift, by_gradient, constant, by_input),
-                  lanes);
-          });
-        });
+  for_blocks(planes.blocks, planes.planes * shape.pixels, Direction::backwards, [=](int64_t block) {
+    planes.walk(block, [=](int64_t plane, int64_t c) {
+      const Channel<S> channel = channel_of<S>(affine, c, false);
+      const InputGradient<S> input =
+          input_gradient_of<S>(affine, static_cast<const S*>(sums), c, shape.channels, count);
+      const Vector<S> mean = broadcast(channel.mean), gain = broadcast(channel.gain);
+      const Vector<S> shift = broadcast(channel.shift);
+      const Vector<S> by_gradient = broadcast(input.by_gradient);
+      const Vector<S> constant = broadcast(input.constant);
+      const Vector<S> by_input = broadcast(input.by_input);
+      const T* incoming = grad.data + planes.begin(plane, grad.pitch);
+      const T* from = x.data + planes.begin(plane, x.pitch);
+      T* to = grad_x.data + planes.begin(plane, grad_x.pitch);
+      planes.walk_plane([=](auto lanes, int64_t pixel) {
+        store(to + pixel,
+              grad_input<act, S>(load(incoming + pixel, lanes), load(from + pixel, lanes), mean,
+                                 gain, shift, by_gradient, constant, by_input),
+              lanes);
       });
+    });
+  });
 }
 
-// --- From run time to compile time ----------------------------------------------------------------
+// --- From run time to compile time
+// ----------------------------------------------------------------
 
 template <typename T>
 struct Type {
@@ -604,10 +682,14 @@ void with_dtype(DType dtype, const Call& call) {
   return call(Type<BFloat16>{});
 #else
   switch (dtype) {
-    case DType::float32: return call(Type<float>{});
-    case DType::bfloat16: return call(Type<BFloat16>{});
-    case DType::float16: return call(Type<Float16>{});
-    case DType::float64: return call(Type<double>{});
+    case DType::float32:
+      return call(Type<float>{});
+    case DType::bfloat16:
+      return call(Type<BFloat16>{});
+    case DType::float16:
+      return call(Type<Float16>{});
+    case DType::float64:
+      return call(Type<double>{});
   }
 #endif
 }
@@ -620,11 +702,16 @@ struct ActConstant {
 template <typename Call>
 void with_act(Act act, const Call& call) {
   switch (act) {
-    case Act::identity: return call(ActConstant<Act::identity>{});
-    case Act::relu: return call(ActConstant<Act::relu>{});
-    case Act::relu6: return call(ActConstant<Act::relu6>{});
-    case Act::hardswish: return call(ActConstant<Act::hardswish>{});
-    case Act::silu: return call(ActConstant<Act::silu>{});
+    case Act::identity:
+      return call(ActConstant<Act::identity>{});
+    case Act::relu:
+      return call(ActConstant<Act::relu>{});
+    case Act::relu6:
+      return call(ActConstant<Act::relu6>{});
+    case Act::hardswish:
+      return call(ActConstant<Act::hardswish>{});
+    case Act::silu:
+      return call(ActConstant<Act::silu>{});
   }
 }
 
@@ -637,7 +724,8 @@ Pitched<T> of(Pitched<void> tensor) {
   return {static_cast<T*>(tensor.data), tensor.pitch};
 }
 
-// --- The table ------------------------------------------------------------------------------------
+// --- The table
+// ------------------------------------------------------------------------------------
 
 // Per-channel results of a pass; apart from `scratch`, which the pass itself uses.
 thread_local Scratch results;
@@ -682,8 +770,7 @@ void forward(const Shape& shape, const Affine& affine, Act act, Residual kind,
         return forward_of<Residual::before>(shape, affine, act, of<T>(x), of<T>(residual),
                                             of<T>(y));
       case Residual::after:
-        return forward_of<Residual::after>(shape, affine, act, of<T>(x), of<T>(residual),
-                                           of<T>(y));
+        return forward_of<Residual::after>(shape, affine, act, of<T>(x), of<T>(residual), of<T>(y));
     }
   });
 }
@@ -726,8 +813,7 @@ void grad(const Shape& shape, const Affine& affine, Act act, const void* sums, d
       if (shape.channels_last)
         grad_channels_last<kAct>(shape, affine, sums, count, of<T>(grad), of<T>(x), of<T>(grad_x));
       else
-        grad_channels_first<kAct>(shape, affine, sums, count, of<T>(grad), of<T>(x),
-                                  of<T>(grad_x));
+        grad_channels_first<kAct>(shape, affine, sums, count, of<T>(grad), of<T>(x), of<T>(grad_x));
     });
   });
 }

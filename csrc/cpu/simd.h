@@ -119,8 +119,8 @@ DMCP_HOST_DEVICE Halves narrow_float16(Vector<float> v) {
   const UInts exponent = magnitude & 0x7f800000u;
   const UInts least = UInts{} + 0x38800000u;  // 2^-14, below which the last place stays
   const UInts magic = (exponent < least ? least : exponent) + (13u << 23);
-  const Vector<float> rounded = ((Vector<float>)magnitude + (Vector<float>)magic) -
-                                (Vector<float>)magic;
+  const Vector<float> rounded =
+      ((Vector<float>)magnitude + (Vector<float>)magic) - (Vector<float>)magic;
   const UInts scaled = (UInts)(rounded * 0x1p-112f) >> 13;
   const UInts infinite = UInts{} + 0x7c00u;
   const UInts finite = (UInts)rounded >= 0x47800000u ? infinite : scaled;  // 2^16
@@ -129,7 +129,8 @@ DMCP_HOST_DEVICE Halves narrow_float16(Vector<float> v) {
 }
 #endif
 
-// --- Loads and stores of a whole vector -----------------------------------------------------------
+// --- Loads and stores of a whole vector
+// -----------------------------------------------------------
 
 template <typename Packed, typename T>
 DMCP_HOST_DEVICE Packed read(const T* p) {
@@ -154,7 +155,41 @@ DMCP_HOST_DEVICE void store(Float16* p, Vector<float> v) {
   std::memcpy(p, &packed, sizeof packed);
 }
 
-// --- The first n lanes only; the others of a load are 0 -------------------------------------------
+// --- Stores past the caches, to addresses that are multiples of what is stored
+// -----------------------
+
+#if DMCP_VECTOR_BYTES == 64
+DMCP_HOST_DEVICE void stream(float* p, Vector<float> v) { _mm512_stream_ps(p, (__m512)v); }
+DMCP_HOST_DEVICE void stream(double* p, Vector<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+template <typename Half>
+DMCP_HOST_DEVICE void stream_halves(Half* p, Halves v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+}
+#elif DMCP_VECTOR_BYTES == 32
+DMCP_HOST_DEVICE void stream(float* p, Vector<float> v) { _mm256_stream_ps(p, (__m256)v); }
+DMCP_HOST_DEVICE void stream(double* p, Vector<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+template <typename Half>
+DMCP_HOST_DEVICE void stream_halves(Half* p, Halves v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+}
+#endif
+
+#if DMCP_VECTOR_BYTES > 16
+constexpr bool kCanStream = true;
+DMCP_HOST_DEVICE void stream(BFloat16* p, Vector<float> v) { stream_halves(p, narrow_bfloat16(v)); }
+DMCP_HOST_DEVICE void stream(Float16* p, Vector<float> v) { stream_halves(p, narrow_float16(v)); }
+DMCP_HOST_DEVICE void end_streams() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+template <typename T, typename V>
+DMCP_HOST_DEVICE void stream(T* p, V v) {
+  store(p, v);
+}
+DMCP_HOST_DEVICE void end_streams() {}
+#endif
+
+// --- The first n lanes only; the others of a load are 0
+// -------------------------------------------
 
 #if DMCP_VECTOR_BYTES == 64
 DMCP_HOST_DEVICE uint32_t first(int n) { return (uint32_t{1} << n) - 1; }
@@ -198,7 +233,8 @@ DMCP_HOST_DEVICE void store(T* p, V v, int n) {
 }
 #endif
 
-// --- Arithmetic that operators do not cover -------------------------------------------------------
+// --- Arithmetic that operators do not cover
+// -------------------------------------------------------
 
 template <typename S>
 DMCP_HOST_DEVICE Vector<S> broadcast(S value) {
@@ -223,11 +259,13 @@ DMCP_HOST_DEVICE Vector<float> at_most(Vector<float> u, float high) {
 }
 #endif
 
-// Lanes in a fixed order, so that a sum has the same bits wherever it is taken.
+// The sum of the lanes, in a fixed order, so that it has the same bits wherever it is taken; the
+// lanes are 0 afterwards.
 template <typename S>
-DMCP_HOST_DEVICE double sum_lanes(Vector<S> v) {
+DMCP_HOST_DEVICE double take_lanes(Vector<S>& v) {
   double sum = 0.0;
   for (int lane = 0; lane < kLanes<S>; ++lane) sum += static_cast<double>(v[lane]);
+  v = Vector<S>{};
   return sum;
 }
 

@@ -6,9 +6,9 @@
 
 namespace dmcp::cuda {
 
-// The contracts of cpu/expected_cost.h on device pointers, queued on `stream` of the current device.
-// The table is not checked: reading it here would stop the host. Throws std::runtime_error when the
-// launch fails.
+// The contracts of cpu/expected_cost.h on device pointers, queued on `stream` of the current
+// device. The table is not checked: reading it here would stop the host. Throws std::runtime_error
+// when the launch fails.
 
 template <typename T>
 void expected_cost(const CostTable& table, const T* alpha, const ExpectedCost<T>& out,

@@ -14,9 +14,7 @@ inline void check(cudaError_t status, const char* kernel) {
                              cudaGetErrorString(status));
 }
 
-inline void check_launch(const char* kernel) {
-  check(cudaGetLastError(), kernel);
-}
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,

@@ -28,9 +28,7 @@ constexpr int kAhead = 4;      // vectors of each tensor that a thread loads bef
 
 // Blocks that a multiprocessor runs at a time, by what their registers allow.
 constexpr int kStatsBlocks = 3, kSumsBlocks = 2, kGradBlocks = 2;
-constexpr int forward_blocks(Residual kind) {
-  return kind == Residual::none ? 3 : 2;
-}
+constexpr int forward_blocks(Residual kind) { return kind == Residual::none ? 3 : 2; }
 
 // --- Numbers -------------------------------------------------------------------------------------
 
@@ -49,31 +47,15 @@ using Real = typename ComputeIn<T>::type;
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-__device__ void narrow(float value, float* to) {
-  *to = value;
-}
-__device__ void narrow(double value, double* to) {
-  *to = value;
-}
-__device__ void narrow(float value, __nv_bfloat16* to) {
-  *to = __float2bfloat16_rn(value);
-}
-__device__ void narrow(float value, __half* to) {
-  *to = __float2half_rn(value);
-}
+__device__ void narrow(float value, float* to) { *to = value; }
+__device__ void narrow(double value, double* to) { *to = value; }
+__device__ void narrow(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
+__device__ void narrow(float value, __half* to) { *to = __float2half_rn(value); }
 
-__device__ float widen(float value) {
-  return value;
-}
-__device__ double widen(double value) {
-  return value;
-}
-__device__ float widen(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-__device__ float widen(__half value) {
-  return __half2float(value);
-}
+__device__ float widen(float value) { return value; }
+__device__ double widen(double value) { return value; }
+__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ float widen(__half value) { return __half2float(value); }
 
 template <int width, typename T>
 __device__ void widen(const T (&lanes)[width], Real<T> (&values)[width]) {
@@ -180,17 +162,11 @@ __device__ void unpack(const Vector<T, width>& vector, const Spot& spot,
 __device__ int thread_of_block() {
   return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
 }
-__device__ int threads_of_block() {
-  return blockDim.x * blockDim.y * blockDim.z;
-}
+__device__ int threads_of_block() { return blockDim.x * blockDim.y * blockDim.z; }
 
 // The compiler saves registers by computing values again, even in the innermost loop. Not these.
-__device__ void keep(int& value) {
-  asm volatile("" : "+r"(value));
-}
-__device__ void keep(int64_t& value) {
-  asm volatile("" : "+l"(value));
-}
+__device__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ void keep(int64_t& value) { asm volatile("" : "+l"(value)); }
 
 // Items that threads take in turns, `at_once` of them at a time.
 struct Turns {
@@ -734,9 +710,7 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks)
 
 // --- Plans ---------------------------------------------------------------------------------------
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t within(int64_t low, int64_t value, int64_t high) {
   return std::max(low, std::min(value, high));
@@ -749,10 +723,8 @@ struct Plan {
   int columns, fold;  // of the sums, and columns per channel
 };
 
-// With one pixel per sample the two layouts are the same.
-bool by_rows(const Shape& shape) {
-  return shape.channels_last || shape.pixels == 1;
-}
+// With one pixel per sample the two layouts are the same, and so they are with none.
+bool by_rows(const Shape& shape) { return shape.channels_last || shape.pixels <= 1; }
 
 // Dense rows that together are whole vectors.
 template <int width>
@@ -761,7 +733,8 @@ int folds(const Shape& shape) {
 }
 
 int narrowed(int64_t size, const char* what) {
-  if (size > std::numeric_limits<int>::max() / 2)
+  constexpr int kSlack = 1 << 24;  // more than the threads of a grid
+  if (size > std::numeric_limits<int>::max() - kSlack)
     throw std::invalid_argument(std::string("norm_act on CUDA takes fewer ") + what + " than " +
                                 std::to_string(size));
   return static_cast<int>(size);
@@ -888,9 +861,7 @@ Pitched<T> of(Pitched<void> tensor) {
   return {static_cast<T*>(tensor.data), tensor.pitch};
 }
 
-Pitched<const void> constant(Pitched<void> tensor) {
-  return {tensor.data, tensor.pitch};
-}
+Pitched<const void> constant(Pitched<void> tensor) { return {tensor.data, tensor.pitch}; }
 
 template <typename T>
 Samples<T> samples_of(const Shape& shape, Pitched<const T> x) {

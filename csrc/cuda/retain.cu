@@ -44,8 +44,7 @@ __global__ void retain_kernel(const T* __restrict__ alpha, const int32_t* __rest
 
 template <typename T>
 __global__ void retain_backward_kernel(const T* __restrict__ grad_q, const T* __restrict__ alpha,
-                                       const T* __restrict__ q,
-                                       const int32_t* __restrict__ offsets,
+                                       const T* __restrict__ q, const int32_t* __restrict__ offsets,
                                        T* __restrict__ grad_alpha, int64_t chains, int64_t total) {
   const int64_t u = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
   if (u >= chains) return;

@@ -58,7 +58,7 @@ class CostTable:
     def of(
         choices: Sequence[Sequence[int]],
         coefficients: Sequence[Tensor] = (),
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
     ) -> CostTable:
         """The table of these units and costs.
 
@@ -88,23 +88,23 @@ class CostTable:
             offsets.append(offsets[-1] + len(grid) - 1)
             ends += [channels + width for width in grid]
             channels += grid[-1]
-        stacked = torch.empty(len(coefficients), order, order, dtype=torch.float64)
-        for number, matrix in enumerate(coefficients):
-            stacked[number] = matrix
-        return CostTable(
-            offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
-            ends=torch.tensor(ends, dtype=torch.int32, device=device),
-            coefficients=stacked.to(device),
+        none = torch.zeros(0, order, order, dtype=torch.float64)
+        table = CostTable(
+            offsets=torch.tensor(offsets, dtype=torch.int32),
+            ends=torch.tensor(ends, dtype=torch.int32),
+            coefficients=torch.cat([none, *(matrix[None].double() for matrix in coefficients)]),
             channels=channels,
         )
+        # A copy from memory that is not pinned has read it when it returns.
+        return table.to(device, non_blocking=True)
 
-    def to(self, device: torch.device | str) -> CostTable:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CostTable:
         """The same table on another device."""
         return replace(
             self,
-            offsets=self.offsets.to(device),
-            ends=self.ends.to(device),
-            coefficients=self.coefficients.to(device),
+            offsets=self.offsets.to(device, non_blocking=non_blocking),
+            ends=self.ends.to(device, non_blocking=non_blocking),
+            coefficients=self.coefficients.to(device, non_blocking=non_blocking),
         )
 
 

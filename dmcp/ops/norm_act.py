@@ -731,7 +731,7 @@ def _cpu_kernels() -> Any:
 
 
 def _cuda_kernels() -> Any:
-    if native_cuda() and hasattr(native_module(), "norm_act_cuda"):
+    if native_cuda():
         return NativeKernels(native_module(), None)
     return TritonKernels() if triton_installed() else None
 

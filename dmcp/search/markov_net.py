@@ -81,6 +81,8 @@ class MarkovNet(nn.Module):
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
         self._install()
+        modules = self.model.modules()
+        self._norms = [module for module in modules if isinstance(module, MarkovBatchNorm2d)]
 
     def forward(self, *inputs: Tensor) -> Any:
         """As the user's model."""
@@ -184,9 +186,8 @@ class MarkovNet(nn.Module):
         """Running statistics are the widest, unmasked network's, also of norms without a chain."""
         chains = [chain for _, chain in self._named_chains()]
         whole = all(chain.keep() is None and chain.mask is None for chain in chains)
-        for module in self.model.modules():
-            if isinstance(module, MarkovBatchNorm2d):
-                module.tracks = whole
+        for norm in self._norms:
+            norm.tracks = whole
 
     def _install(self) -> None:
         """Replace the modules that units reach by ones that follow chains."""

@@ -472,7 +472,7 @@ def test_large_tensors_equal_float64(backend, function, shape, dtype):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="has one thread")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "prefix_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "prefix_last"])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("backend", CPU[1:], ids=str)
 def test_same_bits_for_any_number_of_threads(backend, function, shape, layout):
@@ -481,7 +481,7 @@ def test_same_bits_for_any_number_of_threads(backend, function, shape, layout):
     before = torch.get_num_threads()
     found = []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(results_of(function, p, case))
     finally:
@@ -604,7 +604,7 @@ def test_reference_is_batch_norm_and_activation(dtype, act, layout):
 # --- Memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @over_kernels
 def test_nothing_is_written_beside_an_output(backend, function, monkeypatch, layout, dtype):

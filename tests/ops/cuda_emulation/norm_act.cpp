@@ -3,6 +3,8 @@
 // After it, because that declares what CUDA would.
 #include "cuda/norm_act.cu"
 
+#include <utility>
+
 using dmcp::Act;
 using dmcp::Affine;
 using dmcp::DType;
@@ -18,6 +20,9 @@ void set_emulation(int64_t multiprocessors, int64_t backwards) {
   dmcp::emulation::multiprocessors = static_cast<int>(multiprocessors);
   dmcp::emulation::backwards = backwards != 0;
 }
+
+// What the last calls did that a device would not have done; nullptr if nothing.
+const char* take_failure() { return std::exchange(dmcp::emulation::failure, nullptr); }
 
 int64_t norm_workspace(int64_t batch, int64_t channels, int64_t pixels, int64_t last,
                        int64_t dtype) {
