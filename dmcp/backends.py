@@ -1,9 +1,9 @@
 """Which implementations of the ops there are on this machine, and why not the others.
 
-``DMCP_BACKEND``, read at the first import, chooses: ``auto``, the default, takes the compiled module
-for CPU and CUDA tensors, and Triton for CUDA tensors where it was built without CUDA; ``triton``
-takes Triton for CUDA tensors in any case; ``eager`` runs every op in plain PyTorch. The choice is
-made once, when an op registers.
+``DMCP_BACKEND``, read at the first import, chooses. ``auto``, the default, takes the compiled
+module for CPU and CUDA tensors, and Triton for CUDA tensors where it was built without CUDA;
+``triton`` takes Triton for CUDA tensors in any case; ``eager`` runs every op in plain PyTorch. The
+choice is made once, when an op registers.
 """
 
 from __future__ import annotations

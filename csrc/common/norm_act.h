@@ -1,8 +1,8 @@
 // The arithmetic of normalise-activate-mask, shared by the CPU and the CUDA kernels.
 //
 //   v = weight (x - mean) / sqrt(var + eps) + bias            per channel
-//   y = scale act(v) + residual       or, where the residual comes first,  y = act(scale v +
-//   residual)
+//   y = scale act(v) + residual
+//   y = act(scale v + residual)                               where the residual comes first
 //
 // Functions of activations are templates over V, one number or a SIMD vector of them. Whoever uses
 // another V than float or double declares exponential(V), and faster versions of others if it has
@@ -150,8 +150,9 @@ DMCP_HOST_DEVICE V norm_act(V x, V mean, V gain, V shift, V scale, V residual) {
 // Backward. With g = dy act'(u), where u is what the activation saw, the sums over a channel are
 //   s0 = sum g,  s1 = sum g (x - mean),  s2 = sum dy act(u)
 // and the gradients, q the scale and r = 1 / sqrt(var + eps):
-//   d bias = q s0,  d weight = q r s1,  d q = s2, or weight r s1 + bias s0 where the scale is
-//   folded dx = weight r (q g - d bias / M - r (x - mean) d weight / M)
+//   d bias = q s0,  d weight = q r s1
+//   d q = s2, or weight r s1 + bias s0 where the scale is folded
+//   dx = weight r (q g - d bias / M - r (x - mean) d weight / M)
 // with the two means over the M values of a channel only where mean and var are the batch's.
 template <typename V>
 struct Terms {
