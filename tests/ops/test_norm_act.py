@@ -990,17 +990,10 @@ def test_triton_interpreted():
     # A process of its own: whether Triton interprets is decided when it is imported.
     some = "test_equals_float64 or large_mean or constant_channel or (nan and silu)"
     done = subprocess.run(
+        # -P: the installed package, not the checkout, which has no dmcp.kernels
         [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            some,
-            __file__,
+            *(sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("-k", some, __file__),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
