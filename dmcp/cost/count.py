@@ -2,69 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
-from torch import nn
 
 from dmcp.cost.polynomial import Cost
 from dmcp.errors import ConfigError
 from dmcp.graph import ChannelGraph
+from dmcp.graph.extract import tensor_of
 from dmcp.graph.units import AxisMap
 
 
 class _Terms:
-    """Sums products of channel counts into the coefficients of a polynomial."""
+    """Sums products of channel counts into the coefficients of a polynomial in the numbers of
+    steps, width // step, of the units."""
 
     def __init__(self, units: int) -> None:
-        self.units = units
         self.constant = 0
         self.linear = torch.zeros(units, dtype=torch.int64)
         self.quadratic = torch.zeros(units, units, dtype=torch.int64)
 
-    def add(self, factor: int, axis: AxisMap) -> None:
-        """Add factor * (channels of ``axis``)."""
-        constant, per_unit = axis.counts(self.units)
-        self.constant += factor * constant
-        for unit, count in per_unit.items():
-            self.linear[unit] += factor * count
-
-    def add_product(self, factor: int, left: AxisMap, right: AxisMap) -> None:
-        """Add factor * (channels of ``left``) * (channels of ``right``)."""
-        left_constant, left_units = left.counts(self.units)
-        self.add(factor * left_constant, right)
-        right_constant, right_units = right.counts(self.units)
-        for u, k in left_units.items():
-            self.linear[u] += factor * k * right_constant
-            for v, m in right_units.items():
-                self.quadratic[min(u, v), max(u, v)] += factor * k * m
+    def add(self, factor: int, axes: Sequence[AxisMap]) -> None:
+        """Add factor times the lengths of at most two axes."""
+        fixed, shrinking = factor, []
+        for axis in axes:
+            if axis.units:
+                shrinking.append(axis.counts())
+            else:
+                fixed *= len(axis.unit)
+        constant, units = shrinking[0] if shrinking else (1, {})
+        other, others = shrinking[1] if len(shrinking) > 1 else (1, {})
+        self.constant += fixed * constant * other
+        for u, k in units.items():
+            self.linear[u] += fixed * k * other
+            for v, m in others.items():
+                self.quadratic[min(u, v), max(u, v)] += fixed * k * m
+        for v, m in others.items():
+            self.linear[v] += fixed * m * constant
 
 
 def _macs(graph: ChannelGraph, terms: _Terms) -> None:
     for layer in graph.layers:
-        axes = graph.modules[layer.module]
-        factor = layer.kernel * layer.positions
-        if axes.kind == "depthwise":
-            terms.add(factor, axes.outputs)
-        else:
-            terms.add_product(factor, axes.inputs, axes.outputs)
+        terms.add(layer.factor, layer.axes)
 
 
 def _params(graph: ChannelGraph, terms: _Terms) -> None:
-    kernels = {layer.module: layer.kernel for layer in graph.layers}
-    for name, axes in graph.modules.items():
-        module = graph.model.get_submodule(name)
-        if axes.kind == "dense":
-            terms.add_product(kernels[name], axes.inputs, axes.outputs)
-        elif axes.kind == "depthwise":
-            terms.add(kernels[name], axes.outputs)
-        vectors = [module.bias] if axes.kind != "norm" else [module.weight, module.bias]
-        terms.add(sum(isinstance(vector, nn.Parameter) for vector in vectors), axes.outputs)
+    followed = {id(tensor_of(graph.model, name)): axes for name, axes in graph.tensors.items()}
+    for parameter in graph.model.parameters():
+        axes = followed.get(id(parameter), (None,) * parameter.ndim)
+        sizes = zip(axes, parameter.shape, strict=True)
+        fixed = prod(size for axis, size in sizes if axis is None)
+        terms.add(fixed, [axis for axis in axes if axis is not None])
 
 
 def _memory(graph: ChannelGraph, terms: _Terms) -> None:
     for layer in graph.layers:
-        terms.add(layer.positions, graph.modules[layer.module].outputs)
+        terms.add(layer.numbers, layer.outputs)
 
 
 _METRICS: dict[str, Callable[[ChannelGraph, _Terms], None]] = {
@@ -79,10 +73,11 @@ def cost(graph: ChannelGraph, metric: str = "macs") -> Cost:
 
     Args:
         graph: what `dmcp.trace` returned.
-        metric: ``"macs"``, multiply–accumulates of convolutions and linear layers per image,
-            without bias, batch norm, activations and pooling, at the image size of the trace;
-            ``"params"``, trainable numbers of the model; ``"memory"``, numbers written by
-            convolutions and linear layers per image (the activations that training keeps).
+        metric: ``"macs"``, multiply–accumulates of convolutions, linear layers and matrix products
+            per image, without bias, norms, activations and pooling, at the image size of the trace;
+            ``"params"``, numbers in the model's parameters, tied ones once; ``"memory"``, numbers
+            written by convolutions, linear layers and matrix products per image (the activations
+            that training keeps).
 
     Raises:
         ConfigError: an unknown metric.

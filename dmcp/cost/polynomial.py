@@ -14,7 +14,8 @@ from dmcp.graph import ChannelUnit, check_widths
 
 @dataclass(frozen=True)
 class Cost:
-    """``constant + linear · c + Σ_{u ≤ v} quadratic[u, v] c_u c_v`` of the unit widths c.
+    """``constant + linear · n + Σ_{u ≤ v} quadratic[u, v] n_u n_v`` of the numbers n of steps that
+    the units keep, ``width // step``: the widths themselves where nothing ties channels together.
 
     Attributes:
         metric: ``"macs"``, ``"params"`` or ``"memory"``.
@@ -48,18 +49,22 @@ class Cost:
                 f"widths must be int64 [n, {len(self.units)}], got {widths.dtype} "
                 f"{list(widths.shape)}"
             )
-        cpu = widths.cpu()
+        cpu = widths.cpu() // torch.tensor([unit.step for unit in self.units], dtype=torch.int64)
         pairs = (cpu @ self.quadratic * cpu).sum(1)
         return (self.constant + cpu @ self.linear + pairs).to(widths.device)
 
     def coefficients(self) -> Tensor:
-        """The polynomial as a symmetric matrix K, float64 [1 + U, 1 + U]: with c_0 = 1 it is
-        Σ_{i<=j} K_ij c_i c_j. What `dmcp.ops.CostTable` is made of."""
+        """The polynomial of the widths as a symmetric matrix K, float64 [1 + U, 1 + U]: with
+        c_0 = 1 it is Σ_{i<=j} K_ij c_i c_j. What `dmcp.ops.CostTable` is made of."""
         upper = torch.zeros(1 + len(self.units), 1 + len(self.units), dtype=torch.float64)
         upper[0, 0] = self.constant
-        upper[0, 1:] = self.linear
-        upper[1:, 1:] = self.quadratic
+        upper[0, 1:], upper[1:, 1:] = self._of_widths(torch.float64)
         return upper + upper.triu(1).T
+
+    def _of_widths(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The coefficients of widths rather than steps."""
+        steps = torch.tensor([unit.step for unit in self.units], dtype=dtype)
+        return self.linear.to(dtype) / steps, self.quadratic.to(dtype) / torch.outer(steps, steps)
 
     def mean(self, moments: Tensor) -> Tensor:
         """The expected cost of structures whose widths are independent, of any distribution; that
@@ -103,7 +108,8 @@ class Cost:
         return single.sum() + variance @ pairs**2 @ variance
 
     def _coefficients(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        return self.linear.to(moments), self.quadratic.to(moments)
+        linear, quadratic = self._of_widths(moments.dtype)
+        return linear.to(moments.device), quadratic.to(moments.device)
 
     def __repr__(self) -> str:
         full = self.of({})

@@ -1,6 +1,6 @@
 """Tracing a model to channel units, and extracting smaller networks from it."""
 
-from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, Node
+from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, Node, Proof
 from dmcp.graph.extract import extract
 from dmcp.graph.trace import trace
 from dmcp.graph.units import ChannelUnit, Member, check_widths
@@ -12,6 +12,7 @@ __all__ = [
     "Member",
     "ModuleAxes",
     "Node",
+    "Proof",
     "check_widths",
     "extract",
     "trace",

@@ -11,39 +11,53 @@ from torch import nn
 from dmcp.graph.units import AxisMap, ChannelUnit
 
 NodeKind = Literal[
-    "input", "dense", "depthwise", "norm", "activation", "linear_map", "join", "output"
+    "input", "dense", "depthwise", "norm", "activation", "linear_map", "join", "product", "output"
 ]
 
 
 @dataclass(frozen=True)
 class ModuleAxes:
-    """Channel axes of one module that holds parameters.
+    """Channel axes of a module that is called as the operator it stands for.
 
     Attributes:
         kind: what the module does to channels: ``"dense"`` mixes them (convolution, linear),
             ``"depthwise"`` and ``"norm"`` keep them apart.
-        inputs: the axis it consumes; equal to ``outputs`` for a norm.
+        inputs: the axis it consumes, None if that never shrinks.
         outputs: the axis it produces.
     """
 
     kind: Literal["dense", "depthwise", "norm"]
-    inputs: AxisMap
+    inputs: AxisMap | None
     outputs: AxisMap
 
 
 @dataclass(frozen=True)
+class ModuleSize:
+    """An attribute of a module that tells the length of an axis, divided by ``per``."""
+
+    module: str
+    attribute: str
+    axis: AxisMap
+    per: int
+
+
+@dataclass(frozen=True)
 class LayerCall:
-    """One call of a convolution or linear layer, what its cost depends on.
+    """One call that multiplies and sums: a convolution, a linear layer, a matrix product.
 
     Attributes:
-        module: qualified name.
-        kernel: weights per pair of input and output channels (k_h * k_w; 1 for linear).
-        positions: output positions per image (H * W).
+        module: qualified name of the module that makes it.
+        factor: multiply–accumulates per image are this times the lengths of ``axes``.
+        axes: the dimensions that may shrink, at most two.
+        numbers: it makes this many numbers per image times the lengths of ``outputs``.
+        outputs: those of its output.
     """
 
     module: str
-    kernel: int
-    positions: int
+    factor: int
+    axes: tuple[AxisMap, ...]
+    numbers: int
+    outputs: tuple[AxisMap, ...]
 
 
 @dataclass(frozen=True)
@@ -53,18 +67,44 @@ class Node:
     Attributes:
         kind: ``"dense"`` mixes channels; ``"depthwise"`` and ``"linear_map"`` commute with a
             per-channel scale; ``"norm"`` cancels it; ``"activation"`` see ``homogeneous``;
-            ``"join"`` combines several values.
+            ``"join"`` combines several values; so does ``"product"``, which is zero where one of
+            them is.
         module: qualified name of the module the call belongs to (that owns the parameters, or the
             activation module itself), or None for a functional call.
         inputs: numbers of the nodes it reads.
         homogeneous: f(q v) = q f(v) for q >= 0, for an activation (ReLU, but not ReLU6) and a
             depthwise convolution (without bias).
+        operator: its name, for pictures and messages.
     """
 
     kind: NodeKind
     module: str | None
     inputs: tuple[int, ...]
     homogeneous: bool = True
+    operator: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `trace` compared on the model itself, with random weights: the network extracted at
+    random widths, at random kept channels and at the narrowest widths against the whole network
+    with the dropped channels zeroed.
+
+    Attributes:
+        structures: networks that were compared after the last unit was refuted.
+        forward_error: largest difference of an output, relative to the largest output.
+        gradient_error: the same of the gradients of the parameters.
+        dtype: the precision that decided, ``"float32"`` or ``"float64"``.
+        refuted: unit name -> what went wrong; these units are unsearchable.
+        seconds: how long it took.
+    """
+
+    structures: int
+    forward_error: float
+    gradient_error: float
+    dtype: str
+    refuted: Mapping[str, str]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -74,16 +114,27 @@ class ChannelGraph:
     Attributes:
         model: the traced model itself, not a copy: extraction reads its current weights.
         units: all channel units in execution order, unsearchable ones included.
-        modules: qualified name -> channel axes, for every module that holds parameters.
-        layers: every call of a convolution or linear layer, in execution order.
+        tensors: qualified name -> what each dimension of a parameter or buffer carries, None for
+            one that never shrinks. Tied parameters are there once.
+        consumed: (qualified name, dimension) of the dimensions that read channels; all others
+            produce or scale them.
+        sizes: the module attributes that have to follow.
+        modules: qualified name -> channel axes of the modules that are called as the operator they
+            stand for, with their own weights.
+        layers: every call that costs multiply–accumulates, in execution order.
         nodes: the flow of channels, in execution order.
+        proof: what was checked; None if it was not asked for.
     """
 
     model: nn.Module
     units: tuple[ChannelUnit, ...]
+    tensors: Mapping[str, tuple[AxisMap | None, ...]]
+    consumed: frozenset[tuple[str, int]]
+    sizes: tuple[ModuleSize, ...]
     modules: Mapping[str, ModuleAxes]
     layers: tuple[LayerCall, ...]
     nodes: tuple[Node, ...]
+    proof: Proof | None = None
 
     def widths(self) -> dict[str, int]:
         """The full width of every unit."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
-from dmcp.graph.channel_graph import ChannelGraph, ModuleAxes
-from dmcp.graph.units import check_widths
+from dmcp.graph.channel_graph import ChannelGraph
+from dmcp.graph.units import AxisMap, check_widths
 
 
 def extract(
@@ -22,79 +23,104 @@ def extract(
     """The plain network that keeps only some channels, with the traced model's current weights.
 
     It equals the traced model with the dropped channels zeroed (output weights, biases, weights and
-    biases of batch norms). Modules keep their names and classes; the result does not need ``dmcp``.
+    biases of norms). Modules keep their names, classes and code; the result does not need ``dmcp``.
 
     Args:
         graph: what `dmcp.trace` returned.
         widths: unit name -> channels to keep, a prefix; units left out stay whole.
-        kept: unit name -> indices of the channels to keep, in any order, instead of ``widths``.
+        kept: unit name -> indices of the channels to keep, in any order, instead of ``widths``;
+            channels of one step are kept together.
 
     Returns:
         A new module in the training mode of the model; no memory is shared with it.
 
     Raises:
         ConfigError: both or neither of ``widths`` and ``kept``; unknown units, widths or indices
-            out of range, or a change of an unsearchable unit.
+            out of range, a change of an unsearchable unit; or the model is no longer the one that
+            was traced.
     """
     if (widths is None) == (kept is None):
         raise ConfigError("extract: give either widths or kept")
-    masks = _prefixes(graph, widths) if widths is not None else _subsets(graph, kept or {})
-    model = copy.deepcopy(graph.model)
-    for name, axes in graph.modules.items():
-        _shrink(model.get_submodule(name), axes, masks)
-    return model
+    steps = _prefixes(graph, widths) if widths is not None else _subsets(graph, kept or {})
+    return extract_steps(graph, steps)
+
+
+def extract_steps(graph: ChannelGraph, steps: Mapping[int, Tensor]) -> nn.Module:
+    """As `extract`, for unit number -> BoolTensor [C // step] of the steps that stay."""
+    copies: dict[int, object] = {}
+    for name, axes in graph.tensors.items():
+        tensor = tensor_of(graph.model, name)
+        if [len(a.unit) if a else n for a, n in zip(axes, tensor.shape, strict=False)] != [
+            *tensor.shape
+        ] or len(axes) != tensor.ndim:
+            raise ConfigError(f"{name} has shape {[*tensor.shape]} now: trace the model again")
+        # Put in the memo of the copy, so that tied parameters stay tied and nothing is copied whole.
+        copies[id(tensor)] = cut(tensor, axes, steps)
+    small = copy.deepcopy(graph.model, copies)
+    for size in graph.sizes:
+        length = len(size.axis.kept(steps))
+        setattr(small.get_submodule(size.module), size.attribute, length // size.per)
+    return small
+
+
+def cut(tensor: Tensor, axes: Sequence[AxisMap | None], steps: Mapping[int, Tensor]) -> Tensor:
+    """A copy of a parameter or buffer with the channels that stay."""
+    smaller = tensor.detach()
+    for dim, axis in enumerate(axes):
+        if axis is None:
+            continue
+        positions = axis.kept(steps)
+        if len(positions) < smaller.shape[dim]:
+            smaller = smaller.index_select(dim, positions.to(tensor.device))
+    if smaller.data_ptr() == tensor.data_ptr():
+        smaller = smaller.clone()
+    if not isinstance(tensor, nn.Parameter):
+        return smaller
+    return nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its qualified name.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    owner, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError as error:
+        raise ConfigError(f"{owner} is gone: trace the model again") from error
+    for found, tensor in chain(module._parameters.items(), module._buffers.items()):
+        if found == key and tensor is not None:
+            return tensor
+    raise ConfigError(f"{name} is gone: trace the model again")
 
 
 def _prefixes(graph: ChannelGraph, widths: Mapping[str, int]) -> dict[int, Tensor]:
     full = check_widths(graph.units, widths)
     return {
-        number: torch.arange(unit.channels) < full[unit.name]
+        number: torch.arange(unit.channels // unit.step) < full[unit.name] // unit.step
         for number, unit in enumerate(graph.units)
+        if full[unit.name] < unit.channels
     }
 
 
 def _subsets(graph: ChannelGraph, kept: Mapping[str, Tensor | Sequence[int]]) -> dict[int, Tensor]:
-    masks = {}
+    steps = {}
     numbers = {unit.name: number for number, unit in enumerate(graph.units)}
     for name, indices in kept.items():
-        index = torch.as_tensor(indices)
-        check_widths(graph.units, {name: len(index.unique())})
+        index = torch.as_tensor(indices).unique()
+        check_widths(graph.units, {name: len(index)})
         unit = graph.units[numbers[name]]
         is_integer = not index.is_floating_point() and index.dtype != torch.bool
         if not (is_integer and ((index >= 0) & (index < unit.channels)).all()):
             raise ConfigError(f"kept[{name!r}]: indices must be integers in 0..{unit.channels - 1}")
         mask = torch.zeros(unit.channels, dtype=torch.bool)
         mask[index] = True
-        masks[numbers[name]] = mask
-    return masks
-
-
-def _shrink(module: nn.Module, axes: ModuleAxes, masks: Mapping[int, Tensor]) -> None:
-    """Cut one module's parameters and buffers, in place, to the channels that stay."""
-    outputs = axes.outputs.kept(masks)
-    if isinstance(module, nn.BatchNorm2d):
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            _select(module, name, outputs, 0)
-        module.num_features = len(outputs)
-        return
-    _select(module, "weight", outputs, 0)
-    _select(module, "bias", outputs, 0)
-    inputs = axes.inputs.kept(masks)
-    if axes.kind == "dense":
-        _select(module, "weight", inputs, 1)
-    if isinstance(module, nn.Linear):
-        module.in_features, module.out_features = len(inputs), len(outputs)
-    elif isinstance(module, nn.Conv2d):
-        module.in_channels, module.out_channels = len(inputs), len(outputs)
-        module.groups = len(inputs) if axes.kind == "depthwise" else 1
-
-
-def _select(module: nn.Module, name: str, positions: Tensor, dim: int) -> None:
-    tensor = getattr(module, name)
-    if tensor is None or tensor.shape[dim] == len(positions):
-        return
-    smaller = tensor.detach().index_select(dim, positions.to(tensor.device))
-    if isinstance(tensor, nn.Parameter):
-        setattr(module, name, nn.Parameter(smaller, requires_grad=tensor.requires_grad))
-    else:
-        setattr(module, name, smaller)
+        rows = mask.view(-1, unit.step)
+        if not torch.equal(rows.all(1), rows.any(1)):
+            raise ConfigError(
+                f"kept[{name!r}]: {unit.step} consecutive channels are kept or dropped together"
+            )
+        steps[numbers[name]] = rows.all(1)
+    return steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,19 +18,21 @@ FIXED = -1
 
 @dataclass(frozen=True)
 class Member:
-    """One module axis that a unit decides.
+    """One place in a module that a unit decides.
 
     Attributes:
         module: qualified name of the module.
         role: ``"out"`` if the module produces or scales the unit's channels (convolution and
-            linear outputs, batch norm, depthwise convolution), ``"in"`` if it consumes them.
-        channels: LongTensor [C] or [C, k]; row i holds the module's channels that carry
-            channel i of the unit (k > 1 after a flatten, say).
+            linear outputs, norms, depthwise convolution), ``"in"`` if it consumes them.
+        channels: LongTensor [C // step] or [C // step, k]; row i holds the module's channels that
+            carry the unit's channels i * step … (i + 1) * step - 1.
+        tensors: (name, dimension) of the module's parameters and buffers that these index.
     """
 
     module: str
     role: Literal["out", "in"]
     channels: Tensor
+    tensors: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class ChannelUnit:
 
     Attributes:
         name: qualified name of the first module, in execution order, that produces it.
-        channels: full width.
-        choices: ascending widths the unit may take.
+        channels: full width, the number of channels this module produces for it.
+        choices: ascending widths the unit may take, multiples of ``step``.
         searchable: whether its width may change.
         reason: why not, where it may not; otherwise empty.
         members: the module axes it decides.
+        step: how many consecutive channels are kept or dropped together: more than one where
+            grouped convolutions, shuffles, halves of a split or norm groups tie them.
     """
 
     name: str
@@ -51,15 +56,16 @@ class ChannelUnit:
     searchable: bool
     reason: str
     members: tuple[Member, ...] = field(repr=False)
+    step: int = 1
 
 
 @dataclass(frozen=True)
 class AxisMap:
-    """What each position of a module axis carries.
+    """What each position of a tensor dimension carries.
 
     Attributes:
         unit: LongTensor [size], number of the unit in ``ChannelGraph.units``, or ``FIXED``.
-        index: LongTensor [size], the channel's place inside its unit.
+        index: LongTensor [size], the number of the step inside its unit.
     """
 
     unit: Tensor
@@ -69,23 +75,29 @@ class AxisMap:
         """Positions that stay, ascending: LongTensor.
 
         Args:
-            kept: unit number -> BoolTensor [channels] of the channels that stay; units left out
+            kept: unit number -> BoolTensor [C // step] of the steps that stay; units left out
                 stay whole.
         """
         stays = torch.ones_like(self.unit, dtype=torch.bool)
-        for number, channels in kept.items():
-            mine = self.unit == number
-            stays[mine] = channels[self.index[mine]]
+        for number, mine in self.units.items():
+            if number in kept:
+                stays[mine] = kept[number][self.index[mine]]
         return stays.nonzero().flatten()
 
-    def counts(self, units: int) -> tuple[int, dict[int, int]]:
-        """``(constant, {unit: k})``: the axis has constant + sum of k * width channels."""
+    @cached_property
+    def units(self) -> dict[int, Tensor]:
+        """Number of each unit on the axis -> BoolTensor [size] of its positions."""
+        numbers = self.unit.unique().tolist()
+        return {number: self.unit == number for number in numbers if number != FIXED}
+
+    def counts(self) -> tuple[int, dict[int, int]]:
+        """``(constant, {unit: k})``: the axis has constant + sum of k * (width // step)
+        channels."""
         fixed = int((self.unit == FIXED).sum())
         per_unit = {}
-        for number in range(units):
-            index = self.index[self.unit == number]
-            if len(index):
-                per_unit[number] = len(index) // (int(index.max()) + 1)
+        for number, mine in self.units.items():
+            index = self.index[mine]
+            per_unit[number] = len(index) // len(index.unique())
         return fixed, per_unit
 
 
@@ -93,8 +105,8 @@ def check_widths(units: Sequence[ChannelUnit], widths: Mapping[str, int]) -> dic
     """Complete a mapping unit name -> width with the full widths, after checking it.
 
     Raises:
-        ConfigError: an unknown unit, a width outside 1..channels, or a changed width of an
-            unsearchable unit.
+        ConfigError: an unknown unit, a width that is not a multiple of its step in 1..channels, or
+            a changed width of an unsearchable unit.
     """
     known = {unit.name: unit for unit in units}
     for name, width in widths.items():
@@ -109,4 +121,6 @@ def check_widths(units: Sequence[ChannelUnit], widths: Mapping[str, int]) -> dic
             raise ConfigError(
                 f"widths[{name!r}]: the unit keeps its {unit.channels} channels: {unit.reason}"
             )
+        if width % unit.step:
+            raise ConfigError(f"widths[{name!r}] must be a multiple of {unit.step}, got {width}")
     return {name: widths.get(name, unit.channels) for name, unit in known.items()}

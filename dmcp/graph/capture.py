@@ -1,0 +1,53 @@
+"""Turning a model into a program of ATen operators."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmcp.errors import TraceError
+
+
+def capture(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], *, training: bool
+) -> torch.export.ExportedProgram:
+    """Every operator the model runs on these inputs, by ``torch.export``.
+
+    Raises:
+        TraceError: its control flow depends on values, or something in it cannot be followed; the
+            message holds the line of code.
+    """
+    try:
+        with in_mode(model, training=training):
+            return torch.export.export(model, inputs, dict(keywords), strict=False)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be captured by torch.export: {_explain(error)}"
+        ) from error
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every module in training or evaluation mode while the context is open."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _explain(error: Exception) -> str:
+    """The first line of an error, and the line of the model's code that raised it."""
+    text = str(error).strip()
+    first = next(iter(text.splitlines()), type(error).__name__)
+    place = re.search(r'raised this error:\s+File "(.+)", line (\d+).*\n\s*(.*)', text)
+    if place is None:
+        return first
+    return f"{first} At {place[1]}:{place[2]}: {place[3].strip()}"
