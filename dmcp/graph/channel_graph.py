@@ -69,12 +69,14 @@ class Node:
             per-channel scale; ``"norm"`` cancels it; ``"activation"`` see ``homogeneous``;
             ``"join"`` combines several values; so does ``"product"``, which is zero where one of
             them is.
-        module: qualified name of the module the call belongs to (that owns the parameters, or the
-            activation module itself), or None for a functional call.
+        module: qualified name of the module whose output this is, or None for a functional call.
         inputs: numbers of the nodes it reads.
         homogeneous: f(q v) = q f(v) for q >= 0, for an activation (ReLU, but not ReLU6) and a
             depthwise convolution (without bias).
         operator: its name, for pictures and messages.
+        axes: (dimension, channels) of its output, for every dimension that may shrink.
+        parameters: qualified names of the parameters it reads as they are stored.
+        tainted: whether a dropped channel may be other than zero in its output (a sigmoid's).
     """
 
     kind: NodeKind
@@ -82,6 +84,9 @@ class Node:
     inputs: tuple[int, ...]
     homogeneous: bool = True
     operator: str = ""
+    axes: tuple[tuple[int, AxisMap], ...] = ()
+    parameters: tuple[str, ...] = ()
+    tainted: bool = False
 
 
 @dataclass(frozen=True)

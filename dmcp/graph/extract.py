@@ -50,17 +50,23 @@ def extract_steps(graph: ChannelGraph, steps: Mapping[int, Tensor]) -> nn.Module
     copies: dict[int, object] = {}
     for name, axes in graph.tensors.items():
         tensor = tensor_of(graph.model, name)
-        if [len(a.unit) if a else n for a, n in zip(axes, tensor.shape, strict=False)] != [
-            *tensor.shape
-        ] or len(axes) != tensor.ndim:
-            raise ConfigError(f"{name} has shape {[*tensor.shape]} now: trace the model again")
-        # Put in the memo of the copy, so that tied parameters stay tied and nothing is copied whole.
+        _check_shape(name, tensor, axes)
+        # In the memo of the copy: so tied parameters stay tied, and nothing is copied whole.
         copies[id(tensor)] = cut(tensor, axes, steps)
     small = copy.deepcopy(graph.model, copies)
     for size in graph.sizes:
         length = len(size.axis.kept(steps))
         setattr(small.get_submodule(size.module), size.attribute, length // size.per)
     return small
+
+
+def _check_shape(name: str, tensor: Tensor, axes: Sequence[AxisMap | None]) -> None:
+    same = len(axes) == tensor.ndim and all(
+        axis is None or len(axis.unit) == size
+        for axis, size in zip(axes, tensor.shape, strict=True)
+    )
+    if not same:
+        raise ConfigError(f"{name} has shape {[*tensor.shape]} now: trace the model again")
 
 
 def cut(tensor: Tensor, axes: Sequence[AxisMap | None], steps: Mapping[int, Tensor]) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, ModuleSize
+from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, ModuleSize, Node
+from dmcp.graph.extract import tensor_of
 from dmcp.graph.slots import Slots
-from dmcp.graph.tracer import Tracer
+from dmcp.graph.tracer import Flow, Tracer
 from dmcp.graph.units import FIXED, AxisMap, ChannelUnit, Member
 
 
@@ -96,9 +97,18 @@ class Partition:
             name: tuple(self._shrinking(axis.slots) if axis else None for axis in axes)
             for name, axes in tracer.tensors.items()
         }
+        # Modules whose tensors other code reads too are more than their operator.
+        others = {id(tensor_of(tracer.model, n)) for n in tracer.uses - tracer.own if n}
+        shared = {
+            name
+            for name in tracer.visits
+            if any(id(t) in others for t in tracer.model.get_submodule(name).parameters())
+        }
         modules = {}
         for name, visit in tracer.visits.items():
-            inputs = self.map(visit.inputs) if visit.inputs is not None else None
+            if name in shared:
+                continue
+            inputs = self._shrinking(visit.inputs) if visit.inputs is not None else None
             modules[name] = ModuleAxes(visit.kind, inputs, self.map(visit.outputs))  # type: ignore[arg-type]
         layers = tuple(
             LayerCall(
@@ -116,8 +126,21 @@ class Partition:
         )
         consumed = frozenset(tracer.consumed - tracer.produced)
         units = self._channel_units(tensors, consumed)
-        nodes = tuple(tracer.nodes)
+        nodes = tuple(map(self._node, tracer.nodes))
         return ChannelGraph(tracer.model, units, tensors, consumed, sizes, modules, layers, nodes)
+
+    def _node(self, flow: Flow) -> Node:
+        axes = ((dim, self._shrinking(slots)) for dim, slots in flow.axes)
+        return Node(
+            flow.kind,
+            flow.module,
+            flow.inputs,
+            flow.homogeneous,
+            flow.operator,
+            tuple((dim, axis) for dim, axis in axes if axis is not None),
+            flow.parameters,
+            flow.tainted,
+        )
 
     def _shrinking(self, slots: Slots) -> AxisMap | None:
         axis = self.map(slots)

@@ -80,13 +80,11 @@ def _batch(inputs: Sequence[Any]) -> int:
 
 def _meets_more(model: nn.Module, tracer: Tracer) -> bool:
     """Whether some parameter took no part in the pass in evaluation mode."""
-    met = {id(tensor_of(model, name)) for name in tracer.met}
+    met = {id(tensor_of(model, name)) for name in tracer.uses}
     return any(id(parameter) not in met for parameter in model.parameters())
 
 
-def _trace_training(
-    tracer: Tracer, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
-) -> bool:
+def _trace_training(tracer: Tracer, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
     """Follow the training pass too, for what runs only there; its layers cost nothing later."""
     try:
         program = capture(tracer.model, inputs, keywords, training=True)
@@ -122,9 +120,7 @@ def _chosen(
     return tuple(_restricted(unit, exclude, least) for unit in units)
 
 
-def _restricted(
-    unit: ChannelUnit, exclude: Sequence[str], least: Mapping[str, int]
-) -> ChannelUnit:
+def _restricted(unit: ChannelUnit, exclude: Sequence[str], least: Mapping[str, int]) -> ChannelUnit:
     if not unit.searchable:
         return unit
     pattern = next((p for p in exclude if _matches(unit, p)), None)

@@ -10,13 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dmcp.graph.channel_graph import Node, NodeKind
+from dmcp.graph.channel_graph import NodeKind
 from dmcp.graph.extract import tensor_of
 from dmcp.graph.rules import find_rule
 from dmcp.graph.slots import Slots, SlotTable
@@ -39,6 +38,7 @@ class Call:
         where: that name, the module's class and the line of code, for messages.
         alone: whether that module holds nothing else, and makes no other call (an activation
             module that is used once).
+        sole: whether its output is the module's.
     """
 
     operator: Any
@@ -48,6 +48,7 @@ class Call:
     module: str
     where: str
     alone: bool
+    sole: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +63,20 @@ class Visit:
     kind: NodeKind
     inputs: Slots | None
     outputs: Slots
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """A `Node` in the making."""
+
+    kind: NodeKind
+    module: str | None
+    inputs: tuple[int, ...]
+    homogeneous: bool = True
+    operator: str = ""
+    axes: tuple[tuple[int, Slots], ...] = ()
+    parameters: tuple[str, ...] = ()
+    tainted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +112,8 @@ class Tracer:
         visits, counted, sizes, nodes: see their types.
         consumed: (parameter, dimension) pairs that are summed over: the channels they read.
         produced: such pairs that decide how many channels there are.
-        met: parameters and buffers that some operator took.
+        uses, own: how often operators took a parameter or buffer, and how often that was the
+            operator which its own module stands for.
     """
 
     model: nn.Module
@@ -107,11 +123,13 @@ class Tracer:
     visits: dict[str, Visit] = field(default_factory=dict)
     counted: list[Counted] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[Flow] = field(default_factory=list)
     consumed: set[tuple[str, int]] = field(default_factory=set)
     produced: set[tuple[str, int]] = field(default_factory=set)
-    met: set[str] = field(default_factory=set)
+    uses: Counter[str] = field(default_factory=Counter)
+    own: Counter[str] = field(default_factory=Counter)
     call: Call = field(init=False)
+    _parameters: set[str] = field(default_factory=set)
     _names: dict[int, str] = field(default_factory=dict)
     _targets: dict[fx.Node, str] = field(default_factory=dict)
 
@@ -121,7 +139,7 @@ class Tracer:
         """A dimension of fresh channels; None where there is only one, which is never dropped."""
         return Axis(self.table.new(size), taint, wild=wild) if size > 1 else None
 
-    def block(self, axes: Axis | None | Iterable[Axis | None], reason: str) -> None:
+    def block(self, axes: Axis | Iterable[Axis | None] | None, reason: str) -> None:
         """Never drop a channel of these axes."""
         for axis in [axes] if axes is None or isinstance(axes, Axis) else axes:
             if axis is not None:
@@ -145,20 +163,28 @@ class Tracer:
     def meet(self, axes: Sequence[Axis | None]) -> Axis | None:
         """Equate all of these axes, of one length; returns one that stands for all of them."""
         known = [axis for axis in axes if axis is not None]
-        if not known or all(axis.wild for axis in known):
-            return known[0] if known and len(known) == len(axes) else None
+        firm = [axis for axis in known if not axis.wild]
         if len(known) < len(axes):
-            self.block(known, "its channels meet a dimension whose size stays")
-        first = next((axis for axis in known if not axis.wild), known[0])
+            self.block(firm, "its channels meet a dimension whose size stays")
+            return None
+        if not known:
+            return None
+        first = firm[0] if firm else known[0]
         for axis in known:
             self.equate(first, axis)
-        return replace(first, origins=frozenset[tuple[str, int]]().union(*(a.origins for a in known)))
+        origins = frozenset[tuple[str, int]]().union(*(axis.origins for axis in known))
+        return replace(first, origins=origins)
 
     def produce(self, axis: Axis | None) -> None:
         """This call decides how many channels the axis has."""
-        if axis is not None:
-            self.table.produce(axis.slots, self.call.module)
-            self.produced.update(axis.origins)
+        if axis is None:
+            return
+        name = self.call.module
+        if list(self.model.get_submodule(name).children()) or not name:
+            # A parameter that a whole block uses by itself names the unit.
+            name = min((origin for origin, _ in axis.origins), default=name) or self.call.node.name
+        self.table.produce(axis.slots, name)
+        self.produced.update(axis.origins)
 
     def sum_over(self, read: Sequence[Axis | None], weights: Sequence[Axis | None] = ()) -> None:
         """The product of activations and weights with these axes, of one length, is summed over
@@ -184,24 +210,25 @@ class Tracer:
     def visit(
         self, kind: NodeKind, weights: Sequence[Value], inputs: Axis | None, outputs: Axis | None
     ) -> str | None:
-        """The call is its module's own operator if the weights are the module's own; returns the
-        module's name then."""
+        """The call is its module's own operator if the weights are the module's own and its output
+        the module's; returns the module's name then."""
         name = self.call.module
         owner = self.model.get_submodule(name)
         own = {id(t) for t in (*owner._parameters.values(), *owner._buffers.values())}
-        found = [self._stored(weight) for weight in weights]
-        if not found or any(id(tensor) not in own for tensor in found):
+        stored = [self._name_of(weight) for weight in weights]
+        if not self.call.sole:
             return None
-        if outputs is not None:
+        if any(key is None or id(tensor_of(self.model, key)) not in own for key in stored):
+            return None
+        self.own.update(key for key in stored if key is not None)
+        if outputs is not None and stored:
             read = inputs.slots if inputs is not None else None
             self.visits.setdefault(name, Visit(kind, read, outputs.slots))
         return name
 
-    def _stored(self, weight: Value) -> Tensor | None:
-        """The parameter or buffer that a value is, if it is one as it is stored."""
-        names = (name for name, axes in self.tensors.items() if axes is weight.axes)
-        name = next(names, None)
-        return tensor_of(self.model, name) if name is not None else None
+    def _name_of(self, weight: Value) -> str | None:
+        """The name of the parameter or buffer that a value is, if it is one as it is stored."""
+        return next((name for name, axes in self.tensors.items() if axes is weight.axes), None)
 
     def count(self, factor: int, axes: Sequence[Axis | None], output: Value | None = None) -> None:
         """The call costs ``factor`` times the lengths of ``axes`` multiply–accumulates for the
@@ -240,16 +267,22 @@ class Tracer:
         """The call's output: a value with these axes, and a node unless it is a constant."""
         shape = self.call.shape if shape is None else shape
         assert len(axes) == len(shape), (self.call.operator, axes, shape)
-        known = tuple(
-            axis if size > 1 else None for axis, size in zip(axes, shape, strict=True)
-        )
+        known = tuple(axis if size > 1 else None for axis, size in zip(axes, shape, strict=True))
         sources = tuple(
             value.node for value in inputs if isinstance(value, Value) and value.node is not None
         )
         if not sources:
             return Value(shape, known)
         known = tuple(axis and replace(axis, origins=frozenset()) for axis in known)
-        self.nodes.append(Node(kind, module, sources, homogeneous, str(self.call.operator)))
+        firm = tuple((n, a.slots) for n, a in enumerate(known) if a is not None and not a.wild)
+        tainted = any(axis is not None and axis.taint for axis in known)
+        stored = [self._name_of(v) for v in inputs if isinstance(v, Value) and v.constant]
+        parameters = tuple(n for n in stored if n is not None and n in self._parameters)
+        parameters = () if None in stored else parameters  # one is computed: it is not all of them
+        operator = str(self.call.operator)
+        self.nodes.append(
+            Flow(kind, module, sources, homogeneous, operator, firm, parameters, tainted)
+        )
         return Value(shape, known, len(self.nodes) - 1)
 
     # Running a program
@@ -271,7 +304,7 @@ class Tracer:
         known = {key: values.get(key) for key in node.all_input_nodes}
         arguments = tree_map_only(fx.Node, known.__getitem__, _all_arguments(node))
         inputs = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
-        self.met.update(name for n in known for name in [self._targets.get(n)] if name)
+        self.uses.update(self._targets[n] for n in known if n in self._targets)
         result = find_rule(node.target)(self, *arguments)
         self._block_fixed_sizes([*inputs, *tree_leaves(result)])
         if _is_in_place(node.target) and isinstance(result, Value):
@@ -299,10 +332,10 @@ class Tracer:
             if not isinstance(value, Tensor):
                 values[node] = None
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                self._targets[node] = str(spec.target)
                 values[node] = self._tensor(str(spec.target), tuple(value.shape))
+                self._targets[node] = self._canonical(str(spec.target))
             elif spec.kind is InputKind.USER_INPUT:
-                self.nodes.append(Node("input", None, (), operator=node.name))
+                self.nodes.append(Flow("input", None, (), operator=node.name))
                 none = (None,) * value.ndim
                 values[node] = Value(tuple(value.shape), none, len(self.nodes) - 1)
             else:
@@ -311,7 +344,9 @@ class Tracer:
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Value:
         """A parameter or buffer: the same slots in every program, and under all of its names."""
-        name = self._names.setdefault(id(tensor_of(self.model, name)), name)
+        name = self._canonical(name)
+        if isinstance(tensor_of(self.model, name), nn.Parameter):
+            self._parameters.add(name)
         if name not in self.tensors:
             fresh = [self.axis(size) for size in shape]
             self.tensors[name] = tuple(
@@ -320,25 +355,32 @@ class Tracer:
             )
         return Value(shape, self.tensors[name])
 
+    def _canonical(self, name: str) -> str:
+        """The first of the names of a tied parameter."""
+        return self._names.setdefault(id(tensor_of(self.model, name)), name)
+
     def _finish(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         results = [values.get(leaf) for leaf in tree_leaves(node.args) if isinstance(leaf, fx.Node)]
         found = [value for value in results if isinstance(value, Value)]
         for axis in labelled(value for value in found if not value.constant):
             self.table.block(axis.slots, "its channels are the model's outputs")
         sources = tuple(value.node for value in found if value.node is not None)
-        self.nodes.append(Node("output", None, sources))
+        self.nodes.append(Flow("output", None, sources))
 
     def _describe(self, node: fx.Node, calls: Counter[str]) -> Call:
         name = _calling_module(node)
         module = self.model.get_submodule(name)
         line = _line(node)
         where = f"{name or 'the model itself'}, {type(module).__name__}{line and f', {line}'}"
-        alone = name != "" and not list(module.children()) and calls[name] == 1
+        leaf = name != "" and not list(module.children())
+        alone = leaf and calls[name] == 1
+        # A class of PyTorch's own that computes one operator, however often it is called.
+        plain = leaf and type(module).forward.__module__.startswith("torch.nn.modules")
         results = node.meta.get("val")
         several = isinstance(results, (list, tuple))
         leaves = results if several else [results]
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
-        return Call(node.target, node, shapes, several, name, where, alone)
+        return Call(node.target, node, shapes, several, name, where, alone, alone or plain)
 
 
 def _calling_module(node: fx.Node) -> str:

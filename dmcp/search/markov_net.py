@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dmcp.cost import Cost
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph import ChannelGraph, ChannelUnit, check_widths, trace
+from dmcp.graph.extract import tensor_of
 from dmcp.graph.units import AxisMap
 from dmcp.nn import (
     Axis,
@@ -24,12 +27,12 @@ from dmcp.nn import (
     MarkovLinear,
     width_choices,
 )
-from dmcp.nn.axis import scale_channels
+from dmcp.nn.axis import scale_channels, select
 from dmcp.nn.batchnorm import ACTIVATIONS
 from dmcp.nn.chain import scaled
 from dmcp.nn.conv import share_tensors
 from dmcp.ops import CostTable, ExpectedCost, expected_cost, retain
-from dmcp.search.mask_sites import fusable_activations, mask_sites
+from dmcp.search.mask_sites import MaskSites, fusable_activations, mask_sites
 
 
 class MarkovNet(nn.Module):
@@ -64,7 +67,14 @@ class MarkovNet(nn.Module):
     ) -> None:
         super().__init__()
         graph = trace(model, example_inputs)
-        units = tuple(_on_grid(unit, groups, divisor, min_width) for unit in graph.units)
+        sites = mask_sites(graph.nodes)
+        unmasked = {u for n in sites.missing for _, a in graph.nodes[n].axes for u in a.units}
+        units = tuple(
+            _without_site(unit)
+            if number in unmasked
+            else _on_grid(unit, groups, divisor, min_width)
+            for number, unit in enumerate(graph.units)
+        )
         self.graph: ChannelGraph = replace(graph, units=units)
         first = next(model.parameters())
         self.chains = nn.ModuleDict(
@@ -80,13 +90,17 @@ class MarkovNet(nn.Module):
         self._table = self.cost_table(())
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
-        self._install()
+        self._install(sites)
         modules = self.model.modules()
         self._norms = [module for module in modules if isinstance(module, MarkovBatchNorm2d)]
+        self._set_tracking()
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """As the user's model."""
-        return self.model(*inputs)
+        if self._whole or not self._loose:
+            return self.model(*inputs, **keywords)
+        tensors = {name: loose.now(self.model) for name, loose in self._loose.items()}
+        return functional_call(self.model, tensors, inputs, keywords)
 
     def chain(self, unit: str) -> MarkovChain:
         """The chain of a unit, by its name.
@@ -185,27 +199,65 @@ class MarkovNet(nn.Module):
     def _set_tracking(self) -> None:
         """Running statistics are the widest, unmasked network's, also of norms without a chain."""
         chains = [chain for _, chain in self._named_chains()]
-        whole = all(chain.keep() is None and chain.mask is None for chain in chains)
+        self._whole = all(chain.keep() is None and chain.mask is None for chain in chains)
         for norm in self._norms:
-            norm.tracks = whole
+            norm.tracks = self._whole
+        for size, axis in self._sizes:
+            kept = axis.keep()
+            length = len(size.axis.unit) if kept is None else _length(kept)
+            setattr(self.model.get_submodule(size.module), size.attribute, length // size.per)
 
-    def _install(self) -> None:
-        """Replace the modules that units reach by ones that follow chains."""
-        sites = mask_sites(self.graph.nodes)
-        for name, axes in self.graph.modules.items():
-            module = self.model.get_submodule(name)
-            inputs, outputs = self._axis(axes.inputs), self._axis(axes.outputs)
-            follower = _follower(name, module, inputs, outputs, masks=name in sites)
+    def _install(self, sites: MaskSites) -> None:
+        """Replace the modules that stand for one operator by ones that follow chains; scale the
+        outputs of other modules at the sites; remember the tensors that are left."""
+        graph, original = self.graph, self.graph.model
+        followed = {name for name in graph.modules if _can_follow(original.get_submodule(name))}
+        for name in followed:
+            axes = graph.modules[name]
+            inputs = self._axis(axes.inputs) if axes.inputs is not None else None
+            module = original.get_submodule(name)
+            masks = name in sites.modules
+            follower = _follower(module, inputs, self._axis(axes.outputs), masks=masks)
             self.model.set_submodule(name, follower)
-        for norm, site in fusable_activations(self.graph.nodes).items():
-            self._fuse(norm, site, sites)
-        for site, owner in sites.items():
-            axis = self._axis(self.graph.modules[owner].outputs)
-            if site not in self.graph.modules and axis is not None:
-                masked_site = nn.Sequential(self.model.get_submodule(site), _Mask(axis))
-                self.model.set_submodule(site, masked_site)
+        placed = dict(sites.modules)
+        for norm, site in fusable_activations(graph.nodes).items():
+            self._fuse(norm, site, placed)
+        for site, number in placed.items():
+            ((dim, channels),) = graph.nodes[number].axes
+            axis = self._axis(channels)
+            if site not in followed and axis is not None:
+                self.model.get_submodule(site).register_forward_hook(_Scale(axis, dim))
+        self._loose = self._loose_tensors(followed, sites)
+        sizes = [size for size in graph.sizes if size.module not in followed]
+        axes_of = [(size, self._axis(size.axis)) for size in sizes]
+        self._sizes = [(size, axis) for size, axis in axes_of if axis is not None]
 
-    def _fuse(self, norm: str, site: str, sites: dict[str, str]) -> None:
+    def _loose_tensors(self, followed: set[str], sites: MaskSites) -> dict[str, _Loose]:
+        """The parameters and buffers that no replaced module holds, by their names."""
+        held = {
+            id(tensor)
+            for name in followed
+            for tensor in self.graph.model.get_submodule(name).state_dict(keep_vars=True).values()
+        }
+        kept: dict[str, _Loose] = {}
+        for name, maps in self.graph.tensors.items():
+            tensor = tensor_of(self.graph.model, name)
+            if id(tensor) in held:
+                continue
+            axes = [self._axis(axis) if axis is not None else None for axis in maps]
+            node = sites.parameters.get(name)
+            made = [] if node is None else self.graph.nodes[node].axes
+            scaled = [
+                dim
+                for dim, axis in enumerate(axes)
+                if axis is not None and made and (name, dim) not in self.graph.consumed
+            ]
+            is_buffer = not isinstance(tensor, nn.Parameter)
+            if is_buffer or any(axis is not None for axis in axes):
+                kept[name] = _Loose(name, tuple(axes), tuple(scaled), is_buffer)
+        return kept
+
+    def _fuse(self, norm: str, site: str, sites: dict[str, int]) -> None:
         """Let a norm compute the activation at ``site``, and apply the mask that sits there."""
         follower, module = self.model.get_submodule(norm), self.model.get_submodule(site)
         act = ACTIVATIONS.get(type(module))
@@ -219,10 +271,11 @@ class MarkovNet(nn.Module):
 
     def _axis(self, axis: AxisMap) -> Axis | None:
         parts = []
-        for number, unit in enumerate(self.graph.units):
-            positions = (axis.unit == number).nonzero().flatten()
-            if len(positions) and _key(unit.name) in self.chains:
-                parts.append((self.chain(unit.name), positions, axis.index[positions]))
+        for number, positions in axis.units.items():
+            unit = self.graph.units[number]
+            if _key(unit.name) in self.chains:
+                index = axis.index[positions] * unit.step
+                parts.append((self.chain(unit.name), positions.nonzero().flatten(), index))
         if not parts:
             return None
         chain, positions, index = parts[0]
@@ -246,15 +299,48 @@ class MarkovNet(nn.Module):
         return self
 
 
-class _Mask(nn.Module):
-    """Scales its input by the mask of an axis."""
+@dataclass(frozen=True)
+class _Scale:
+    """A forward hook that scales a module's output by the mask of an axis."""
 
-    def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self._axes: tuple[Axis] = (axis,)
+    axis: Axis
+    dim: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        return scale_channels(x, self._axes[0].mask, self._axes[0].keep(), 1)
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return scale_channels(output, self.axis.mask, self.axis.keep(), self.dim)
+
+
+@dataclass(frozen=True)
+class _Loose:
+    """A parameter or buffer that the model's own code uses as it likes.
+
+    Attributes:
+        axes: what each dimension follows.
+        scaled: the dimensions along which the mask is folded into it.
+        is_buffer: sub-networks and masked networks change a copy.
+    """
+
+    name: str
+    axes: tuple[Axis | None, ...]
+    scaled: tuple[int, ...]
+    is_buffer: bool
+
+    def now(self, model: nn.Module) -> Tensor:
+        """What the present widths and masks make of it."""
+        tensor = tensor_of(model, self.name)
+        tensor = tensor.clone() if self.is_buffer else tensor
+        for dim, axis in enumerate(self.axes):
+            if axis is None:
+                continue
+            keep = axis.keep()
+            tensor = select(tensor, dim, keep)
+            if dim in self.scaled:
+                tensor = scale_channels(tensor, axis.mask, keep, dim)
+        return tensor
+
+
+def _length(kept: slice | Tensor) -> int:
+    return int(kept.stop) if isinstance(kept, slice) else len(kept)
 
 
 def _key(unit: str) -> str:
@@ -262,31 +348,40 @@ def _key(unit: str) -> str:
     return unit.replace(".", "/")
 
 
+def _without_site(unit: ChannelUnit) -> ChannelUnit:
+    reason = unit.reason or "no module or parameter could scale its channels"
+    return replace(unit, choices=(unit.channels,), searchable=False, reason=reason)
+
+
 def _on_grid(unit: ChannelUnit, groups: int, divisor: int, min_width: int) -> ChannelUnit:
-    grid = set(width_choices(unit.channels, groups, divisor, min_width))
-    choices = tuple(width for width in unit.choices if width in grid)
-    if unit.searchable and len(choices) == 1:
-        reason = "no narrower width lies on its grid"
-        return replace(unit, choices=choices, searchable=False, reason=reason)
-    return replace(unit, choices=choices)
+    """The unit with its choices restricted to a grid, of multiples of both divisor and step where
+    there is room for them, else of the step."""
+    if not unit.searchable:
+        return unit
+    for multiple in (lcm(divisor, unit.step), unit.step):
+        grid = set(width_choices(unit.channels, groups, multiple, min_width))
+        choices = tuple(width for width in unit.choices if width in grid)
+        if len(choices) > 1:
+            return replace(unit, choices=choices)
+    reason = "no narrower width lies on its grid"
+    return replace(unit, choices=(unit.channels,), searchable=False, reason=reason)
 
 
 _REPLACED = (nn.BatchNorm2d, nn.Conv2d, nn.Linear)
 
 
-def _follower(
-    name: str, module: nn.Module, inputs: Axis | None, outputs: Axis | None, *, masks: bool
-) -> nn.Module:
-    """The module that computes what ``module`` does, on the same tensors, and follows the axes.
+def _can_follow(module: nn.Module) -> bool:
+    """Whether one of the package's modules computes what this one does, at every width."""
+    kind = next((kind for kind in _REPLACED if isinstance(module, kind)), None)
+    if kind is None or type(module).forward is not kind.forward:
+        return False
+    return not isinstance(module, nn.Conv2d) or module.groups in (1, module.in_channels)
 
-    Raises:
-        TraceError: its class has a forward of its own, which would be lost.
-    """
-    if not any(type(module).forward is kind.forward for kind in _REPLACED):
-        raise TraceError(
-            f"{name} ({type(module).__name__}) cannot follow a Markov chain: "
-            "its class has a forward of its own"
-        )
+
+def _follower(
+    module: nn.Module, inputs: Axis | None, outputs: Axis | None, *, masks: bool
+) -> nn.Module:
+    """The module that computes what ``module`` does, on the same tensors, and follows the axes."""
     follower: MarkovBatchNorm2d | MarkovConv2d | MarkovLinear
     if isinstance(module, nn.BatchNorm2d):
         follower = MarkovBatchNorm2d(

@@ -3,92 +3,122 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dmcp.graph import Node
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A value that is not scaled yet and may still be, at ``site``.
+class MaskSites:
+    """The places at which values are scaled.
 
     Attributes:
-        site: module at whose output the mask would sit.
-        owner: module that holds parameters and whose output axis the mask follows.
+        modules: qualified name of a module -> number of the node that is its output: the output is
+            scaled there.
+        parameters: qualified name of a parameter -> number of the node that reads it, in functional
+            calls: the parameter is scaled along the dimensions that make the node's channels.
+        missing: numbers of nodes whose values ought to be scaled and cannot be.
     """
 
-    site: str
-    owner: str
+    modules: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    missing: set[int] = field(default_factory=set)
 
 
-_State = _Pending | None
-"""None: the value is scaled, or has nothing to scale."""
+_State = int | None
+"""Number of the node behind which a value may still be scaled; None if it is scaled, or has nothing
+to scale; `_OPEN`."""
+
+_OPEN = -1
+"""The value is not scaled and need not be: a gate, whose product with a scaled value is."""
 
 
-def mask_sites(nodes: Sequence[Node]) -> dict[str, str]:
-    """The modules whose outputs are masked, each with the module whose output axis it follows.
+def mask_sites(nodes: Sequence[Node]) -> MaskSites:
+    """The places of the masks.
 
     Every value that mixes with others (a dense layer's input, a residual sum, a concatenation)
-    must be scaled exactly once. A mask in front of a norm is cancelled by it, so it moves past
-    norms and past the depthwise convolutions that lead to them; it comes after an activation that
-    does not commute with it (ReLU6), as retaining a channel with probability q scales its
-    *activation* by q, unless that activation has no module of its own to attach to. The bias of a
-    depthwise convolution that reads scaled values is not scaled yet, so its output is masked too.
+    must be scaled exactly once; of the factors of a product, one. A mask in front of a norm is
+    cancelled by it, so it moves past norms and past the depthwise convolutions that lead to them;
+    it comes after an activation that does not commute with it (ReLU6), as retaining a channel with
+    probability q scales its *activation* by q, unless that activation has no module of its own to
+    attach to. What is added to scaled values (the bias of a depthwise convolution, a parameter) is
+    not scaled yet: it is in its place.
     """
     calls = Counter(node.module for node in nodes)
-    committed: dict[str, str] = {}
+    committed: frozenset[int] = frozenset()
     while True:
-        found = _walk(nodes, calls, committed)
+        found, sites = _walk(nodes, calls, committed)
         if found == committed:
-            return committed
+            return sites
         committed = found
 
 
 def _walk(
-    nodes: Sequence[Node], calls: Counter[str | None], committed: dict[str, str]
-) -> dict[str, str]:
+    nodes: Sequence[Node], calls: Mapping[str | None, int], committed: frozenset[int]
+) -> tuple[frozenset[int], MaskSites]:
     """One pass in execution order. Whether a value is scaled at its site depends on all of its
     readers, so the caller repeats the pass with what the last one found; as a site depends on
     earlier ones only, this settles."""
-    found: dict[str, str] = {}
+    found: set[int] = set()
+    sites = MaskSites()
     states: list[_State] = []
-    for node in nodes:
-        inputs = [states[number] for number in node.inputs]
+
+    def commit(number: int) -> None:
+        found.add(number)
+        _place(nodes[number], number, sites)
+
+    for number, node in enumerate(nodes):
+        inputs = [states[source] for source in node.inputs]
+        pending = [state for state in inputs if state is not None and state != _OPEN]
         once = node.module is not None and calls[node.module] == 1
+        moves = node.kind in ("depthwise", "activation") and once
         if node.kind == "linear_map" or (node.kind == "activation" and node.homogeneous):
             states.append(inputs[0])
-        elif node.kind in ("depthwise", "activation") and once:
-            states.append(_moved(node, inputs[0], committed))
+        elif node.kind == "activation" and node.tainted and not moves:
+            states.append(_OPEN)
+        elif moves:
+            unscaled = bool(pending) and pending[0] not in committed
+            follows = unscaled or (node.kind == "depthwise" and not node.homogeneous)
+            states.append(number if follows else None)
+        elif node.kind == "depthwise" and node.homogeneous:
+            states.append(inputs[0])
+        elif node.kind == "product":
+            if pending and None not in inputs and not found.intersection(pending):
+                commit(pending[0])
+            states.append(None)
         else:
             if node.kind not in ("norm", "output"):
-                found.update({value.site: value.owner for value in inputs if value is not None})
-            states.append(_produced(node))
-    return found
+                for state in pending:
+                    commit(state)
+            if node.kind in ("depthwise", "activation") and not node.homogeneous:
+                added = node.parameters[1:] if node.kind == "depthwise" else node.parameters
+                sites.parameters.update(dict.fromkeys(added, number))
+            states.append(number if node.kind in ("dense", "norm") else None)
+    return frozenset(found), sites
 
 
-def _produced(node: Node) -> _State:
-    """The value that a dense layer or a norm makes; those of other nodes are scaled already."""
-    if node.kind not in ("dense", "norm"):
-        return None
-    assert node.module is not None
-    return _Pending(node.module, node.module)
-
-
-def _moved(node: Node, value: _State, committed: dict[str, str]) -> _State:
-    """The value behind a depthwise convolution or an activation that a mask may move past."""
-    assert node.module is not None
-    unscaled = value if value is not None and value.site not in committed else None
-    if node.kind == "activation":
-        return None if unscaled is None else _Pending(node.module, unscaled.owner)
-    return None if unscaled is None and node.homogeneous else _Pending(node.module, node.module)
+def _place(node: Node, number: int, sites: MaskSites) -> None:
+    if not node.axes:
+        return
+    if len(node.axes) > 1:
+        sites.missing.add(number)
+    elif node.module is not None:
+        sites.modules[node.module] = number
+    elif node.parameters:
+        sites.parameters.update(dict.fromkeys(node.parameters, number))
+    else:
+        sites.missing.add(number)
 
 
 def fusable_activations(nodes: Sequence[Node]) -> dict[str, str]:
     """Norm modules, each with the activation module that alone reads what the norm makes; both are
     called once, so that the norm may compute the activation too."""
     calls = Counter(node.module for node in nodes)
-    readers = [[n for n, node in enumerate(nodes) if i in node.inputs] for i in range(len(nodes))]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for number, node in enumerate(nodes):
+        for source in node.inputs:
+            readers[source].append(number)
     found: dict[str, str] = {}
     for node, reading in zip(nodes, readers, strict=True):
         if node.kind != "norm" or node.module is None or len(reading) != 1:

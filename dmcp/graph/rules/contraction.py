@@ -263,7 +263,8 @@ def _by_columns(
     """Every group keeps the same number of inputs, and of outputs: the same places in each."""
     table = tracer.table
     own, shared = weight.axes[0], weight.axes[1]
-    assert own is not None and shared is not None
+    assert own is not None
+    assert shared is not None
     columns = table.tie_rows(own.slots.reshape(groups, -1))
     if transposed:
         read, made = Axis(columns, origins=own.origins), np.tile(shared.slots, groups)

@@ -95,10 +95,12 @@ class _Probe:
         """Whether the output is zero where these operands are, whatever the others are."""
         if not zeros:
             return False
-        result = self._run([
-            torch.zeros(_PROBES).to(dtype) if number in zeros else _numbers(dtype, number)
-            for number, dtype in enumerate(self.dtypes)
-        ])
+        result = self._run(
+            [
+                torch.zeros(_PROBES).to(dtype) if number in zeros else _numbers(dtype, number)
+                for number, dtype in enumerate(self.dtypes)
+            ]
+        )
         return result is not None and bool((result == 0).all())
 
     @lru_cache(maxsize=4096)  # noqa: B019
@@ -185,8 +187,22 @@ def filled_like(tracer: Tracer, x: Value, *_: Any) -> Value:
 
 
 @rule(
-    "arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "zeros",
-    "new_empty", "new_full", "new_ones", "new_zeros", "bernoulli", "bernoulli_",
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "scalar_tensor",
+    "zeros",
+    "new_empty",
+    "new_full",
+    "new_ones",
+    "new_zeros",
+    "bernoulli",
+    "bernoulli_",
 )
 def constant(tracer: Tracer, *_: Any) -> Value:
     """Sizes that a program names are taken to be written into the code."""

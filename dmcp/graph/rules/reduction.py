@@ -16,9 +16,27 @@ _KEEP_ZERO = (*_ADDITIVE, "mean", "amax", "amin", "max", "min", "prod", "std", "
 
 
 @rule(
-    "all", "amax", "amin", "any", "argmax", "argmin", "linalg_vector_norm", "logsumexp", "max.dim",
-    "max.default", "mean", "median.dim", "min.dim", "min.default", "norm", "prod", "std", "sum",
-    "var", "var_mean", "std_mean",
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "argmax",
+    "argmin",
+    "linalg_vector_norm",
+    "logsumexp",
+    "max.dim",
+    "max.default",
+    "mean",
+    "median.dim",
+    "min.dim",
+    "min.default",
+    "norm",
+    "prod",
+    "std",
+    "sum",
+    "var",
+    "var_mean",
+    "std_mean",
 )
 def reduce(tracer: Tracer, x: Value, *arguments: Any) -> Any:
     """A sum of channels that are zero is the same without them; nothing else is."""
@@ -26,7 +44,8 @@ def reduce(tracer: Tracer, x: Value, *arguments: Any) -> Any:
     options = dict(zip(schema, arguments, strict=False))
     name = tracer.call.operator._schema.name.removeprefix("aten::")
     given = options.get("dim")
-    dims = {x.dim(dim) for dim in ([given] if isinstance(given, int) else given or range(len(x.shape)))}
+    every = [given] if isinstance(given, int) else given or range(len(x.shape))
+    dims = {x.dim(dim) for dim in every}
     for dim in dims:
         _reduce(tracer, x, dim, name)
     is_zero = name in _KEEP_ZERO

@@ -76,7 +76,9 @@ def _split(
         rows = np.moveaxis(labels, number, -1).reshape(-1, labels.shape[number])
         if (rows == rows[0]).all():
             return target, rows[0].copy()
-    sizes = [(target == free, size, target) for target, size in zip(targets, labels.shape, strict=True)]
+    sizes = [
+        (target == free, size, target) for target, size in zip(targets, labels.shape, strict=True)
+    ]
     chosen = max(sizes)[2]
     rows = np.moveaxis(labels, targets.index(chosen), -1)
     return chosen, tracer.table.tie_rows(rows.reshape(-1, rows.shape[-1])).copy()
@@ -153,7 +155,11 @@ def stack(tracer: Tracer, parts: Sequence[Value], dim: int = 0) -> Value:
 
 @rule("pad", "constant_pad_nd")
 def pad(
-    tracer: Tracer, x: Value, sizes: Sequence[int], mode: str | float = "constant", value: Any = None
+    tracer: Tracer,
+    x: Value,
+    sizes: Sequence[int],
+    mode: str | float = "constant",
+    value: Any = None,
 ) -> Value:
     axes = list(x.axes)
     for number in range(len(sizes) // 2):
@@ -228,4 +234,3 @@ def roll(tracer: Tracer, x: Value, shifts: Sequence[int], dims: Sequence[int]) -
 def axes_without(axes: Sequence[Axis | None], dim: int) -> list[Axis | None]:
     """All axes but one."""
     return [axis for place, axis in enumerate(axes) if place != dim]
-
