@@ -12,13 +12,15 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor, nn
 
 from dmcp import models, recipes
 from dmcp.cli.display import ProgressDisplay, show_graph, show_rows
-from dmcp.cost import cost
+from dmcp.cli.picture import check_picture, write_picture
 from dmcp.data import open_data
 from dmcp.errors import ConfigError
-from dmcp.graph import ChannelGraph
+from dmcp.graph import trace
+from dmcp.models.load import FORMS
 from dmcp.recipes import Recipe
 from dmcp.runs import (
     Machine,
@@ -56,16 +58,33 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-_network_options = _options(
-    click.option("--model", help=f"One of {', '.join(models.names())}."),
+_model_options = _options(
+    click.option("--model", help=f"One of {', '.join(models.names())}, {FORMS}."),
     click.option("--width", type=float, help="Width multiplier of the whole network."),
-    click.option("--data", default="digits", help="'digits', or a folder with train/ and test/."),
-    click.option("--image-size", type=int, help="Side of the images in pixels.  [the data's own]"),
-    click.option("--holdout", type=float, default=0.0, help="Share of training images kept aside."),
     click.option("--recipe", help=f"One of {', '.join(recipes.names())}.  [by the data]"),
+)
+_image_size_option = click.option(
+    "--image-size",
+    "--size",
+    "image_size",
+    type=click.IntRange(min=1),
+    help="Side of the images in pixels.  [the data's own]",
+)
+_network_options = _options(
+    _model_options,
+    click.option("--data", default="digits", help="'digits', or a folder with train/ and test/."),
+    _image_size_option,
+    click.option("--holdout", type=float, default=0.0, help="Share of training images kept aside."),
     click.option("--batch-size", type=int, help="Images per step over all processes.  [recipe]"),
     click.option("--seed", type=int, default=0),
 )
+_grid_options = _options(
+    click.option("--groups", type=int, help="Channel groups per unit.  [recipe]"),
+    click.option(
+        "--divisor", type=int, help="Widths are multiples of it; 1: the paper's.  [recipe]"
+    ),
+)
+_widths_type = click.Path(path_type=Path, exists=True, dir_okay=False)
 _machine_options = _options(
     click.option("--output", type=click.Path(path_type=Path), required=True, help="Run folder."),
     click.option("--device", help="cpu or cuda.  [cuda where there is one]"),
@@ -84,8 +103,7 @@ _output_options = _options(
 @_network_options
 @click.option("--budget", help="MACs of the structure: '210M', '50%' or a number.  [recipe]")
 @click.option("--budget-params", help="Bound on its parameters as well.")
-@click.option("--groups", type=int, help="Channel groups per unit.  [recipe]")
-@click.option("--divisor", type=int, help="Widths are multiples of it; 1: the paper's.  [recipe]")
+@_grid_options
 @click.option("--min-width", type=int, default=1, help="Smallest width.")
 @click.option("--search-epochs", type=int, help="[recipe]")
 @click.option("--retrain-epochs", type=int, help="[recipe]")
@@ -144,7 +162,7 @@ def search(
 @click.option("--epochs", type=int, help="[recipe]")
 @click.option(
     "--widths",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_widths_type,
     help="widths.json of a search: train this structure instead of the whole network.",
 )
 @_machine_options
@@ -177,36 +195,65 @@ def train(
 @commands.command("eval")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--network", help="dmcp, uniform, dense or pruned.  [all of the run]")
+@click.option("--model", help="Of the run, if it is <file>.py:<function>: no run folder runs code.")
 @click.option("--device", help="cpu or cuda.  [cuda where there is one]")
 @click.option("--workers", type=int, default=0, help="Processes that decode images.")
 @_output_options
 def evaluate(
-    run: Path, network: str | None, device: str | None, workers: int, quiet: bool, as_json: bool
+    run: Path,
+    network: str | None,
+    model: str | None,
+    device: str | None,
+    workers: int,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Evaluate the trained networks of a finished run on its test images."""
     machine = Machine(World.single(_device(device)), workers)
-    show_rows(run_eval(RunFolder(run), machine, network), as_json=as_json, quiet=quiet)
+    show_rows(run_eval(RunFolder(run), machine, network, model), as_json=as_json, quiet=quiet)
 
 
 @commands.command()
-@_network_options
-@click.option("--groups", type=int, help="Channel groups per unit.  [recipe]")
-@click.option("--divisor", type=int, help="Widths are multiples of it; 1: the paper's.  [recipe]")
-@click.option("--min-width", type=int, default=1, help="Smallest width.")
+@_model_options
+@click.option("--data", help="As for search.  [none: RGB images, 224 pixels wide; 1000 classes]")
+@_image_size_option
+@click.option("--batch", type=click.IntRange(min=1), default=2, help="Images to trace with.")
+@_grid_options
+@click.option("--min-width", type=int, help="Smallest width.")
+@click.option(
+    "--widths", type=_widths_type, help="widths.json of a search: show this structure's costs."
+)
+@click.option(
+    "--graph", "picture", type=click.Path(path_type=Path), help="Draw it: a file .dot or .svg."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(groups: int | None, divisor: int | None, as_json: bool, **options: Any) -> None:
-    """List the channel units of a network, the widths a search may give them, and their costs."""
+def inspect(
+    groups: int | None,
+    divisor: int | None,
+    min_width: int | None,
+    widths: Path | None,
+    picture: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """List the channel units of a network, the widths they may take, and their costs.
+
+    The widths are those of a search's grid if an option or a recipe gives one, else all.
+    """
+    if picture is not None:
+        check_picture(picture)
     recipe = _recipe(options)
-    network = _network(recipe, options)
-    data = open_data(network.data, network.image_size, network.holdout, network.seed)
-    model = build_network(
-        network.model, network.model_options, data.channels, data.image_size, data.num_classes
-    )
-    example = torch.zeros(2, data.channels, data.image_size, data.image_size)
-    grid = (_or(groups, recipe.groups), _or(divisor, recipe.divisor), options["min_width"])
-    graph = MarkovNet(model, example, *grid).graph
-    totals = {metric: cost(graph, metric).of({}) for metric in ("macs", "params", "memory")}
-    show_graph(graph, _shares(graph), totals, as_json=as_json)
+    model, example = _example(recipe, options)
+    asked = bool(options["recipe"]) or (groups, divisor, min_width) != (None, None, None)
+    if asked:
+        grid = (_or(groups, recipe.groups), _or(divisor, recipe.divisor), _or(min_width, 1))
+        graph = MarkovNet(model, example, *grid).graph
+    else:
+        graph = trace(model, example)
+    structure = _read_widths(widths) if widths else None
+    show_graph(graph, structure, groups=asked, as_json=as_json)
+    if picture is not None:
+        write_picture(graph, picture)
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -216,14 +263,30 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     return recipes.get("digits" if options["data"] == "digits" else "cifar")
 
 
-def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
+def _model(recipe: Recipe, options: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Name and keyword arguments of the network asked for, or of the recipe's."""
     model = options["model"] or recipe.model
     if model is None:
-        raise ConfigError(f"--model is missing: one of {', '.join(models.names())}")
+        raise ConfigError(f"--model is missing: one of {', '.join(models.names())}, {FORMS}")
     width = {} if options["width"] is None else {"width": options["width"]}
+    return model, {**(recipe.model_options if model == recipe.model else {}), **width}
+
+
+def _example(recipe: Recipe, options: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+    """The network to inspect, and a batch of images for it."""
+    channels, size, classes = 3, options["image_size"] or 224, 1000
+    if options["data"] is not None:
+        data = open_data(options["data"], options["image_size"], holdout=0.0)
+        channels, size, classes = data.channels, data.image_size, data.num_classes
+    model = build_network(*_model(recipe, options), channels, size, classes)
+    return model, torch.zeros(options["batch"], channels, size, size)
+
+
+def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
+    model, model_options = _model(recipe, options)
     return NetworkConfig(
         model=model,
-        model_options={**(recipe.model_options if model == recipe.model else {}), **width},
+        model_options=model_options,
         data=options["data"],
         image_size=options["image_size"],
         holdout=options["holdout"],
@@ -279,13 +342,3 @@ def _read_widths(path: Path) -> dict[str, int]:
         return {str(name): width for name, width in widths.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} is not a widths.json") from None
-
-
-def _shares(graph: ChannelGraph) -> dict[str, float]:
-    """Share of the MACs that vanish with each unit: those of the layers at its ends."""
-    macs = cost(graph, "macs")
-    total = macs.of({})
-    products = macs.quadratic + macs.quadratic.T - macs.quadratic.diag().diag()
-    full = torch.tensor([unit.channels for unit in graph.units])
-    touched = full * macs.linear + full * (products @ full)
-    return {unit.name: int(t) / total for unit, t in zip(graph.units, touched, strict=True)}

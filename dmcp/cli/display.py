@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
+from itertools import pairwise
+from math import prod
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dmcp.cost import cost
 from dmcp.graph import ChannelGraph
 from dmcp.runs import Row
 
@@ -27,6 +31,9 @@ _LABELS = {
     "uniform": "uniform width",
     "pruned": "pruned",
 }
+
+
+_METRICS = ("macs", "params", "memory")
 
 
 class ProgressDisplay:
@@ -100,16 +107,23 @@ def show_rows(rows: Sequence[Row], *, as_json: bool, quiet: bool) -> None:
 
 
 def show_graph(
-    graph: ChannelGraph, macs: Mapping[str, float], totals: Mapping[str, int], *, as_json: bool
+    graph: ChannelGraph,
+    widths: Mapping[str, int] | None = None,
+    *,
+    groups: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Print the units of a network on stdout.
 
     Args:
         graph: whose units.
-        macs: unit name -> share of the MACs in layers whose width it decides.
-        totals: metric -> cost of the whole network.
+        widths: the structure whose costs are shown, None for the whole network.
+        groups: whether the choices are a grid of channel groups.
         as_json: JSON instead of a table.
     """
+    totals = {metric: cost(graph, metric).of(widths or {}) for metric in _METRICS}
+    shares = unit_shares(graph)
+    searched, proof = searchable_share(graph), graph.proof
     if as_json:
         units = [
             {
@@ -119,20 +133,73 @@ def show_graph(
                 "searchable": unit.searchable,
                 "reason": unit.reason,
                 "members": [f"{m.module}:{m.role}" for m in unit.members],
-                "share_of_macs": macs[unit.name],
+                "share_of_macs": shares[unit.name],
+                **({} if widths is None else {"width": widths.get(unit.name, unit.channels)}),
             }
             for unit in graph.units
         ]
-        print(json.dumps({"costs": totals, "units": units}))
+        shown = {"costs": totals, "searchable_share_of_macs": searched, "units": units}
+        print(json.dumps({**shown, "proof": None if proof is None else asdict(proof)}))
         return
-    table = Table(caption="  ".join(f"{name} {value:,}" for name, value in totals.items()))
-    table.add_column("unit")
-    table.add_column("channels", justify="right")
+    table = Table()
+    table.add_column("unit", no_wrap=True, overflow="fold")
+    for name in ["channels", *([] if widths is None else ["kept"])]:
+        table.add_column(name, justify="right")
     table.add_column("widths")
-    table.add_column("members", justify="right")
-    table.add_column("share of MACs", justify="right")
+    for name in [*(["groups"] if groups else []), "members", "share of MACs"]:
+        table.add_column(name, justify="right")
     for unit in graph.units:
-        widths = " ".join(map(str, unit.choices)) if unit.searchable else unit.reason
-        share = f"{macs[unit.name]:.1%}"
-        table.add_row(unit.name, str(unit.channels), widths, str(len(unit.members)), share)
-    Console(markup=False).print(table)
+        table.add_row(
+            unit.name,
+            str(unit.channels),
+            *([] if widths is None else [str(widths.get(unit.name, unit.channels))]),
+            short_choices(unit.choices) if unit.searchable else unit.reason,
+            *([str(len(unit.choices))] if groups else []),
+            str(len(unit.members)),
+            f"{shares[unit.name]:.1%}",
+        )
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("  ".join(f"{name} {value:,}" for name, value in totals.items()))
+    console.print(
+        f"{len(graph.units)} units, {len(graph.searchable)} searchable; "
+        f"{searched:.1%} of the MACs in layers with a searchable unit"
+    )
+    if proof is not None:
+        console.print(
+            f"proof: {proof.structures} structures against zeroed channels in {proof.dtype}: "
+            f"outputs within {proof.forward_error:.1e}, gradients within "
+            f"{proof.gradient_error:.1e}, {len(proof.refuted)} units refuted"
+        )
+
+
+def short_choices(choices: Sequence[int]) -> str:
+    """Widths in few words: ``32…256 by 32``."""
+    steps = {b - a for a, b in pairwise(choices)}
+    if len(choices) < 4 or len(steps) > 1:
+        return " ".join(map(str, choices))
+    return f"{choices[0]}…{choices[-1]}" + (f" by {min(steps)}" if min(steps) > 1 else "")
+
+
+def unit_shares(graph: ChannelGraph) -> dict[str, float]:
+    """Unit name -> share of the MACs that vanish with it: those of the layers at its ends."""
+    return {unit.name: _share(graph, {number}) for number, unit in enumerate(graph.units)}
+
+
+def searchable_share(graph: ChannelGraph) -> float:
+    """Share of the MACs that depend on the width of any searchable unit."""
+    return _share(graph, {number for number, unit in enumerate(graph.units) if unit.searchable})
+
+
+def _share(graph: ChannelGraph, units: Set[int]) -> float:
+    total = _macs_without(graph, set())
+    return (total - _macs_without(graph, units)) / total if total else 0.0
+
+
+def _macs_without(graph: ChannelGraph, units: Set[int]) -> int:
+    """MACs of the whole network without all channels of these units, by number."""
+    gone = torch.tensor(sorted(units), dtype=torch.int64)
+    return sum(
+        layer.factor * prod(int((~torch.isin(a.unit, gone)).sum()) for a in layer.axes)
+        for layer in graph.layers
+    )

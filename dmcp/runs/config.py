@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from dmcp import models
 from dmcp.errors import ConfigError
 from dmcp.search import Budget, SearchOptions
 from dmcp.train import TrainOptions
@@ -19,7 +20,7 @@ class NetworkConfig:
     """A network and the data it is for.
 
     Attributes:
-        model: name of a network, see `dmcp.models.names`.
+        model: name of a network, see `dmcp.models.build`; a path in it is made absolute.
         model_options: its keyword arguments beside those the data decide.
         data: ``"digits"`` or a folder, see `dmcp.data.open_data`.
         image_size: side of the images in pixels, None for the data's own.
@@ -45,6 +46,8 @@ class NetworkConfig:
             raise ConfigError(f"batch_size must be at least 2, got {self.batch_size}")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
+        # So that the run is the same one from any working directory.
+        object.__setattr__(self, "model", models.resolve(self.model))
 
 
 @dataclass(frozen=True)

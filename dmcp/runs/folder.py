@@ -19,7 +19,8 @@ class RunFolder:
     """The files of one run.
 
     ``config.json``
-        what was asked for; a folder takes up only the very run it was made by.
+        what was asked for; a folder takes up only the very run it was made by. Of a model in a
+        file it holds the name, and nothing runs that file because the name is there.
     ``metrics.jsonl``, ``tensorboard/``
         what was measured on the way.
     ``checkpoint/<phase>.pt``

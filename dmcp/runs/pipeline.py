@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -172,11 +173,21 @@ def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[
     return rows
 
 
-def run_eval(folder: RunFolder, machine: Machine, network: str | None = None) -> list[Row]:
+def run_eval(
+    folder: RunFolder, machine: Machine, network: str | None = None, model: str | None = None
+) -> list[Row]:
     """Evaluate the trained networks of a finished run, or one of them, on its test images.
+
+    Args:
+        folder: the run.
+        machine: where to compute.
+        network: which of them, None for all.
+        model: name of the model, needed where it is a function in a file: a run folder holds its
+            name only, and no code runs because a folder says so.
 
     Raises:
         CheckpointError: the folder holds no such run or network.
+        ConfigError: ``model`` is needed.
     """
     rows, structures = _finished(folder)
     trained = {row.network: row.seconds for row in rows}
@@ -184,8 +195,15 @@ def run_eval(folder: RunFolder, machine: Machine, network: str | None = None) ->
         raise CheckpointError(f"{folder.path} trained {', '.join(trained)}, not {network!r}")
     try:
         settings = NetworkConfig(**folder.config()["network"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder.path / 'config.json'} is not that of a run") from None
+    if model is not None:
+        settings = replace(settings, model=model)
+    elif models.is_file(settings.model):
+        raise ConfigError(
+            f"the model of {folder.path} is code in a file, which runs only if you name it: "
+            f"model {settings.model!r}"
+        )
     job = _Job(settings, _open(settings), folder, machine)
     evaluated = []
     for name in [network] if network else trained:
@@ -217,11 +235,28 @@ def _open(network: NetworkConfig) -> DataSource:
 def build_network(
     name: str, options: Mapping[str, float], channels: int, image_size: int, num_classes: int
 ) -> nn.Module:
-    """A network by name, for images of this size."""
+    """A network by name, for images of this size if it is one of the package's own."""
+    if name not in models.names():
+        return models.build(name, num_classes, **options)
     small = image_size <= SMALL_IMAGES
-    return models.build(
-        name, num_classes=num_classes, in_channels=channels, small_images=small, **options
-    )
+    return models.build(name, num_classes, in_channels=channels, small_images=small, **options)
+
+
+def _check_logits(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Refuse a network from elsewhere that does not fit the data."""
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model)(images)  # a copy, whose running statistics may move
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"model {name!r} refuses images {list(images.shape[1:])}: {reason}"
+        ) from error
+    found = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != [num_classes]:
+        raise ConfigError(
+            f"model {name!r} must give {num_classes} logits, the classes of the data, got {found}"
+        )
 
 
 @dataclass(frozen=True)
@@ -243,13 +278,16 @@ class _Job:
             self.data.image_size,
             self.data.num_classes,
         )
-        return self._place(model)
+        model = self._place(model)
+        if self.network.model not in models.names():
+            _check_logits(self.network.model, model, self.example(), self.data.num_classes)
+        return model
 
     def fresh(self, widths: Mapping[str, int]) -> nn.Module:
         """The network of these widths with fresh weights, drawn for these widths."""
         small = self.extract(self.graph.model, widths)
         torch.manual_seed(self.network.seed)
-        small.initialise()  # type: ignore[operator]
+        models.reinitialise(small)
         return small
 
     def extract(self, model: nn.Module, widths: Mapping[str, int]) -> nn.Module:

@@ -109,7 +109,8 @@ def layer_macs(model, image):
 
 
 def test_inspect_json(capsys):
-    assert main(shlex.split("inspect --model mobilenet_v2 --width 0.25 --json")) == 0
+    command = "inspect --model mobilenet_v2 --width 0.25 --data digits --divisor 8 --json"
+    assert main(shlex.split(command)) == 0
     found = json.loads(capsys.readouterr().out)
     model = build("mobilenet_v2", num_classes=10, in_channels=1, width=0.25, small_images=True)
     macs = layer_macs(model, torch.zeros(1, 1, 8, 8))
@@ -128,15 +129,152 @@ def test_inspect_json(capsys):
         assert unit["searchable"] == (len(unit["choices"]) > 1) == (not unit["reason"])
     assert (last["name"], last["searchable"], last["choices"]) == ("fc", False, [10])
     assert "outputs" in last["reason"]
+    members = {m.rsplit(":", 1)[0] for u in found["units"] if u["searchable"] for m in u["members"]}
+    searchable = sum(macs[name] for name in members & macs.keys()) / total
+    assert 0.5 < searchable < 1
+    assert found["searchable_share_of_macs"] == pytest.approx(searchable)
+    assert found["proof"]["structures"] > 0
+    assert found["proof"]["refuted"] == {}
 
 
 def test_inspect_table(capsys):
-    assert main(shlex.split("inspect --model resnet18 --width 0.125 --divisor 1 --groups 4")) == 0
+    command = "inspect --model resnet18 --width 0.125 --data digits --divisor 1 --groups 4"
+    assert main(shlex.split(command)) == 0
     table = capsys.readouterr().out
     assert "layer4.0.conv1" in table
-    assert "16 32 48 64" in table
+    assert "16…64 by 16" in table
     assert "macs 545,920" in table
     assert "outputs" in table
+    assert "13 units, 12 searchable; 100.0% of the MACs" in table
+    assert "proof: " in table
+
+
+def test_inspect_a_structure(run, capsys):
+    """The costs of what a search found."""
+    command = shlex.split("inspect --model resnet18 --width 0.125 --data digits --json --widths")
+    assert main([*command, str(run / "widths.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    row = table_of(run)[1]
+    assert (found["costs"]["macs"], found["costs"]["params"]) == (row["macs"], row["params"])
+    widths = json.loads((run / "widths.json").read_text())["widths"]
+    assert {unit["name"]: unit["width"] for unit in found["units"]} == widths
+    assert found["units"][0]["choices"] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+TINY_FILE = """
+from torch import nn
+
+class Tiny(nn.Sequential):
+    def __init__(self, num_classes, channels=3):
+        super().__init__(
+            nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+        )
+
+def grey(num_classes):
+    return Tiny(num_classes, 1)
+
+def two():
+    return Tiny(2, 1)
+"""
+
+
+@pytest.fixture
+def tiny_file(tmp_path, monkeypatch):
+    """A file tiny.py in the working directory."""
+    (tmp_path / "tiny.py").write_text(TINY_FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "tiny.py"
+
+
+def test_inspect_a_file_and_draw_it(tiny_file, capsys):
+    """Without data: of RGB images and 1000 classes."""
+    command = shlex.split("inspect --model tiny.py:Tiny --size 10 --batch 3 --json --graph net.dot")
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert shown.err == ""
+    assert found["costs"]["macs"] == 64 * 27 * 8 + 8 * 1000
+    assert [unit["name"] for unit in found["units"]] == ["0", "5"]
+    assert found["units"][1]["channels"] == 1000
+    assert r'label="0\nConv2d 8"' in tiny_file.with_name("net.dot").read_text()
+
+
+def test_inspect_torchvision(zoo, capsys):
+    assert main(shlex.split("inspect --model torchvision:resnet18 --size 32")) == 0
+    table = capsys.readouterr().out
+    assert "layer4.0.conv1" in table
+    assert "13 units, 12 searchable" in table
+    assert "params 11,6" in table
+
+
+def test_inspect_timm_on_a_grid(zoo, capsys):
+    command = "inspect --model timm:mobilenetv3_small_050 --size 32 --groups 3 --json"
+    assert main(shlex.split(command)) == 0
+    units = {unit["name"]: unit for unit in json.loads(capsys.readouterr().out)["units"]}
+    assert units["blocks.0.0.se.conv_reduce"]["channels"] == 8
+    assert all(len(unit["choices"]) <= 3 for unit in units.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--model tiny.py:Tiny --graph net.png", "must be a file .dot or .svg, got 'net.png'"),
+        ("--model tiny.py", "/tiny.py:<function>"),
+        ("--model tiny.py:Large", "Large must be a function, the file has no such name"),
+        ("--model none.py:Tiny", "there is no file"),
+        ("--model tiny.py:Tiny --width 0.5", "takes no width"),
+        ("--model tiny.py:Tiny --size 0", "0 is not in the range"),
+        ("--model tiny.py:Tiny --batch 0", "0 is not in the range"),
+        ("--model vgg", "unknown model 'vgg': the models are mobilenet_v2, resnet18, resnet50, "),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_line(tiny_file, capfd, options, said):
+    assert said in refusal(["inspect", *shlex.split(options)], capfd)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("tiny.py:Tiny", "refuses images [1, 8, 8]: "),
+        ("tiny.py:two", "must give 10 logits, the classes of the data, got [2]"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_one_line(tiny_file, capfd, model, said):
+    command = shlex.split(f"train --model {model} --epochs 1 --device cpu --output run")
+    assert said in refusal(command, capfd)
+    assert not tiny_file.with_name("run").exists()
+
+
+def test_a_model_in_a_file_from_another_folder(tiny_file, tmp_path, capfd, monkeypatch):
+    """A run continues, and is evaluated, wherever one stands; never without naming the file."""
+    options = (
+        "--batch-size 256 --divisor 1 --groups 4 --budget 60% --search-epochs 1 --retrain-epochs 1"
+    )
+    search = ["search", *shlex.split(options), "--device", "cpu", "--json", "--no-baselines"]
+    output = ["--output", str(tmp_path / "run")]
+    assert main([*search, *output, "--model", "tiny.py:grey"]) == 0
+    table = json.loads(capfd.readouterr().out)["networks"]
+    assert table[0]["macs"] <= 0.6 * (36 * 9 * 8 + 80)
+    weights = tmp_path / "run" / "weights" / "dmcp.safetensors"
+    trained = weights.read_bytes()
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "run" / "results.json").unlink()
+    weights.unlink()
+    assert main([*search, *output, "--model", "../tiny.py:grey"]) == 0
+    again = json.loads(capfd.readouterr().out)["networks"]
+    assert [row["top1"] for row in again] == [row["top1"] for row in table]
+    assert weights.read_bytes() == trained
+
+    evaluate = ["eval", "../run", "--json", "--device", "cpu"]
+    assert main([*evaluate, "--model", "../tiny.py:grey"]) == 0
+    assert json.loads(capfd.readouterr().out)["networks"] == again
+    tiny_file.write_text("raise SystemExit('the run folder ran code')")
+    error = refusal(evaluate, capfd)
+    assert "runs only if you name it" in error
+    assert f"{tiny_file}:grey" in error
 
 
 def png(path, size=(12, 12), color=(200, 20, 20)):
@@ -302,7 +440,7 @@ def test_a_corrupt_first_image_leaves_no_folder(tmp_path, capfd):
 
 
 def test_a_model_takes_the_width_of_its_own_recipe_only(capsys):
-    inspect = shlex.split("inspect --recipe mobilenet_v2-211M --json")
+    inspect = shlex.split("inspect --recipe mobilenet_v2-211M --data digits --json")
     assert main(inspect) == 0
     assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 48
     assert main([*inspect, "--width", "0.5"]) == 0

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import dmcp
-from dmcp.cli.display import ProgressDisplay, short, show_graph, show_rows
+from dmcp.cli.display import (
+    ProgressDisplay,
+    searchable_share,
+    short,
+    short_choices,
+    show_graph,
+    show_rows,
+    unit_shares,
+)
 from dmcp.runs import Row
 
 ROWS = [
@@ -77,12 +86,69 @@ def test_progress_says_nothing_of_what_never_began(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_units_with_reasons(capsys):
+@pytest.mark.parametrize(
+    ("choices", "text"),
+    [
+        ((5,), "5"),
+        ((8, 16, 24), "8 16 24"),
+        ((1, 2, 3, 4), "1…4"),
+        ((32, 64, 96, 128), "32…128 by 32"),
+        ((8, 16, 24, 40), "8 16 24 40"),
+    ],
+)
+def test_widths_in_few_words(choices, text):
+    assert short_choices(choices) == text
+
+
+@pytest.fixture
+def graph():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
-    graph = dmcp.trace(model, torch.zeros(1, 3, 8, 8))
-    show_graph(graph, {"0": 1.0, "2": 0.25}, {"macs": 1_000_000}, as_json=False)
-    table = capsys.readouterr().out
-    assert "macs 1,000,000" in table
-    assert "1 2 3 4 5 6 7 8" in table
-    assert "25.0%" in table
-    assert "outputs" in table
+    return dmcp.trace(model, torch.zeros(2, 3, 8, 8))
+
+
+def cells(table):
+    """The rows of a table without its frame."""
+    lines = (line.split("│")[1:-1] for line in table.splitlines() if line.startswith("│"))
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_units_with_reasons(graph, capsys):
+    show_graph(graph)
+    shown = capsys.readouterr().out
+    first, *last = cells(shown)
+    total = 36 * 8 * 27 + 16 * 5 * 72
+    assert first == ["0", "8", "1…8", "2", "100.0%"]
+    assert last[0][:2] == ["2", "5"]
+    assert last[0][3:] == ["1", f"{16 * 5 * 72 / total:.1%}"]
+    assert " ".join(row[2] for row in last) == graph.units[1].reason
+    assert f"macs {total:,}" in shown
+    assert "2 units, 1 searchable; 100.0% of the MACs in layers with a searchable unit" in shown
+    assert f"proof: {graph.proof.structures} structures" in shown
+    show_graph(replace(graph, proof=None), {"0": 3}, groups=True)
+    shown = capsys.readouterr().out
+    assert cells(shown)[0] == ["0", "8", "3", "1…8", "8", "2", "100.0%"]
+    assert f"macs {total * 3 // 8:,}" in shown
+    assert "proof" not in shown
+
+
+def test_a_share_is_what_vanishes_with_the_unit():
+    """Of a layer that reads two units, half; of MACs without a unit, nothing."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.last = (nn.Conv2d(c, 4, 1) for c in (3, 3, 8))
+
+        def forward(self, x):
+            return self.last(torch.cat([self.left(x), self.right(x)], 1))
+
+    graph = dmcp.trace(Two(), torch.zeros(2, 3, 4, 4))
+    assert unit_shares(graph) == {
+        "left": (12 + 16) / 56,
+        "right": (12 + 16) / 56,
+        "last": 32 / 56,
+    }
+    assert searchable_share(graph) == 1
+    whole = replace(graph, units=tuple(replace(u, searchable=False) for u in graph.units))
+    assert searchable_share(whole) == 0
+    assert searchable_share(replace(graph, layers=())) == 0
