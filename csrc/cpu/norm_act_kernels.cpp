@@ -168,10 +168,11 @@ struct Matrix {
   int64_t padded() const { return blocks_of(columns, kLanes<S>) * kLanes<S>; }
   int64_t pitch(int64_t own) const { return fold == 1 ? own : columns; }
 
+  static constexpr int64_t kAtOnce = 4;  // rows that share the loads of per-channel values
+
   // body(Count<rows at once>, Whole or Part, first row, column)
   template <typename Body>
   void walk(int64_t block, const Body& body) const {
-    constexpr int64_t kAtOnce = 4;  // rows that share the loads of per-channel values
     const int64_t end = smaller(rows, (block + 1) * block_rows);
     int64_t row = block * block_rows;
     for (; row + kAtOnce <= end; row += kAtOnce) walk_row(Count<kAtOnce>{}, row, columns, body);
@@ -226,6 +227,14 @@ struct Sink {
     if (streams) end_streams();
   }
 };
+
+// Asks for what will be read `kAtOnce` rows later. The hardware stops guessing where a row of a few
+// kilobytes ends, and with several rows at once that is all the time. It may lie past the end.
+template <typename T>
+const T* reading(const T* from, int64_t pitch) {
+  __builtin_prefetch(from + Matrix<T>::kAtOnce * pitch);
+  return from;
+}
 
 // Repeats the values of the channels for every pixel of a folded row.
 template <typename S>
@@ -407,7 +416,7 @@ void stats_channels_last(const Shape& shape, const T* x, int64_t own_pitch, doub
       const Vector<S> from = load(origin + column);
       Vector<S> a = load(s1 + column), b = load(s2 + column);
       for (int64_t r = 0; r < at_once.value; ++r) {
-        const Vector<S> d = valid<S>(load(x + (row + r) * pitch + column, lanes) - from, lanes);
+        const Vector<S> d = valid<S>(load(reading(x + (row + r) * pitch + column, pitch), lanes) - from, lanes);
         a += d;
         b += d * d;
       }
@@ -561,8 +570,9 @@ void sums_channels_last(const Shape& shape, const Affine& affine, Pitched<const 
                    if constexpr (before)
                      added = load(residual.data + (row + r) * rp + column, lanes);
                    const auto terms = terms_of<act, before, S>(
-                       load(grad.data + (row + r) * gp + column, lanes),
-                       load(x.data + (row + r) * xp + column, lanes), mean, gain, shift, added);
+                       load(reading(grad.data + (row + r) * gp + column, gp), lanes),
+                       load(reading(x.data + (row + r) * xp + column, xp), lanes), mean, gain, shift,
+                       added);
                    a += valid<S>(terms.s0, lanes);
                    b += valid<S>(terms.s1, lanes);
                    if constexpr (!before && !homogeneous(act)) c += valid<S>(terms.s2, lanes);
