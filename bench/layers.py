@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from dmcp.models import mobilenet_v2, resnet18, resnet50
-from dmcp.ops.norm_act import Activation, ResidualPlace
+from dmcp.ops import Activation, ResidualPlace
 
 Direction = Literal["fwd", "bwd", "both"]
 DIRECTIONS: tuple[Direction, ...] = ("fwd", "bwd", "both")

@@ -24,6 +24,7 @@ from layers import Layer
 from torch import Tensor
 
 from dmcp.backends import native_cuda, native_module, triton_installed
+from dmcp.ops.norm_act_eager import activation
 
 # By its name: dmcp.ops.norm_act is the function once dmcp.ops exports it.
 _ops = importlib.import_module("dmcp.ops.norm_act")
@@ -153,7 +154,7 @@ def eager(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training=True)
     if residual is not None:
         y = y + residual
-    y = _ops.activation(y, layer.act)
+    y = activation(y, layer.act)
     return y if layer.scale_commutes else y * scale.to(y.dtype).view(-1, 1, 1)
 
 
@@ -172,7 +173,7 @@ def published(
         y = _published_mask(y, scale)
     if residual is not None:
         y = y + residual
-    y = _ops.activation(y, layer.act)
+    y = activation(y, layer.act)
     return y if layer.scale_commutes else _published_mask(y, scale)
 
 
@@ -204,9 +205,7 @@ def kernels_of(rival: str) -> Iterator[None]:
     if rival not in ("cuda", "triton"):
         yield
         return
-    kernels: Any = (
-        _ops.TritonKernels() if rival == "triton" else _ops.NativeKernels(native_module(), None)
-    )
+    kernels: Any = _ops.TritonKernels() if rival == "triton" else _ops.CudaKernels(native_module())
     with torch.library._scoped_library("dmcp", "IMPL") as library:
         for op in _ops.OPS:
             library.impl(op, getattr(kernels, op), "CUDA")

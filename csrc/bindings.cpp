@@ -141,6 +141,22 @@ void norm_act_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels
                input(residual, residual_pitch), output(y, y_pitch));
 }
 
+// norm_stats_cpu and norm_act_cpu in one call: on a small layer a call costs as much as a kernel.
+void norm_act_train_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
+                        int dtype, Address mean, Address var, Address running_mean,
+                        Address running_var, double momentum, Address weight, Address bias,
+                        Address scale, double eps, int act, int residual_kind, Address x,
+                        int64_t x_pitch, Address residual, int64_t residual_pitch, Address y,
+                        int64_t y_pitch, const std::string& isa) {
+  const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
+  const dmcp::cpu::NormActKernels& kernels = dmcp::cpu::norm_act_kernels(isa, shape.dtype);
+  kernels.stats(shape, input(x, x_pitch), at<void>(mean), at<void>(var), at<void>(running_mean),
+                at<void>(running_var), momentum);
+  kernels.forward(shape, affine_of(mean, var, weight, bias, scale, eps),
+                  static_cast<dmcp::Act>(act), static_cast<dmcp::Residual>(residual_kind),
+                  input(x, x_pitch), input(residual, residual_pitch), output(y, y_pitch));
+}
+
 void norm_act_sums_cpu(int64_t batch, int64_t channels, int64_t pixels, bool channels_last,
                        int dtype, Address mean, Address var, Address weight, Address bias,
                        Address scale, double eps, int act, Address grad, int64_t grad_pitch,
@@ -164,6 +180,23 @@ void norm_act_grad_cpu(int64_t batch, int64_t channels, int64_t pixels, bool cha
       .grad(shape, affine_of(mean, var, weight, bias, scale, eps), static_cast<dmcp::Act>(act),
             at<const void>(sums), count, input(grad, grad_pitch), input(x, x_pitch),
             output(grad_x, grad_x_pitch));
+}
+
+// norm_act_sums_cpu and norm_act_grad_cpu in one call, without a residual before the activation.
+void norm_act_train_backward_cpu(int64_t batch, int64_t channels, int64_t pixels,
+                                 bool channels_last, int dtype, Address mean, Address var,
+                                 Address weight, Address bias, Address scale, double eps, int act,
+                                 Address grad, int64_t grad_pitch, Address x, int64_t x_pitch,
+                                 Address grad_x, int64_t grad_x_pitch, Address sums,
+                                 const std::string& isa) {
+  const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
+  const dmcp::Affine affine = affine_of(mean, var, weight, bias, scale, eps);
+  const dmcp::cpu::NormActKernels& kernels = dmcp::cpu::norm_act_kernels(isa, shape.dtype);
+  kernels.sums(shape, affine, static_cast<dmcp::Act>(act), input(grad, grad_pitch),
+               input(x, x_pitch), {}, {}, at<void>(sums));
+  kernels.grad(shape, affine, static_cast<dmcp::Act>(act), at<const void>(sums),
+               static_cast<double>(shape.count()), input(grad, grad_pitch), input(x, x_pitch),
+               output(grad_x, grad_x_pitch));
 }
 
 #ifdef DMCP_WITH_CUDA
@@ -280,6 +313,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("norm_act_cpu", &norm_act_cpu, no_gil);
   m.def("norm_act_sums_cpu", &norm_act_sums_cpu, no_gil);
   m.def("norm_act_grad_cpu", &norm_act_grad_cpu, no_gil);
+  m.def("norm_act_train_cpu", &norm_act_train_cpu, no_gil);
+  m.def("norm_act_train_backward_cpu", &norm_act_train_backward_cpu, no_gil);
 #ifdef DMCP_WITH_CUDA
   m.def("retain_cuda", &retain_cuda, no_gil);
   m.def("retain_backward_cuda", &retain_backward_cuda, no_gil);

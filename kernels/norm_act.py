@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmcp.ops.layout import Placed, empty_like, place, place_like
-from dmcp.ops.norm_act import Activation, stats_dtype
+from dmcp.ops.norm_act_eager import Activation, stats_dtype
 
 ACCESS = 16  # bytes
 WARPS = 8
@@ -520,7 +520,7 @@ def norm_act_grad_kernel(
         _store(grad_x, dx, tile, pitch, layout)
 
 
-# --- Launchers, with the signatures of `dmcp.ops.norm_act.EagerKernels` ---------------------------
+# --- Launchers, with the signatures of `dmcp.ops.norm_act_eager.EagerKernels` ---------------------
 
 
 class _Matrix(NamedTuple):

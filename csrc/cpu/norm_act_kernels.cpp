@@ -14,6 +14,17 @@
 
 #include "cpu/norm_act.h"
 
+// The compiler may take the condition for granted.
+#define DMCP_ASSUME(condition) \
+  if (!(condition)) __builtin_unreachable()
+
+// Before a loop: its iterations do not meet in memory, which its pointers do not tell.
+#ifdef __clang__
+#define DMCP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define DMCP_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace dmcp {
 namespace {
 
@@ -157,10 +168,11 @@ struct Matrix {
   int64_t padded() const { return blocks_of(columns, kLanes<S>) * kLanes<S>; }
   int64_t pitch(int64_t own) const { return fold == 1 ? own : columns; }
 
+  static constexpr int64_t kAtOnce = 4;  // rows that share the loads of per-channel values
+
   // body(Count<rows at once>, Whole or Part, first row, column)
   template <typename Body>
   void walk(int64_t block, const Body& body) const {
-    constexpr int64_t kAtOnce = 4;  // rows that share the loads of per-channel values
     const int64_t end = smaller(rows, (block + 1) * block_rows);
     int64_t row = block * block_rows;
     for (; row + kAtOnce <= end; row += kAtOnce) walk_row(Count<kAtOnce>{}, row, columns, body);
@@ -216,6 +228,14 @@ struct Sink {
   }
 };
 
+// Asks for what will be read `kAtOnce` rows later. The hardware stops guessing where a row of a few
+// kilobytes ends, and with several rows at once that is all the time. It may lie past the end.
+template <typename T>
+const T* reading(const T* from, int64_t pitch) {
+  __builtin_prefetch(from + Matrix<T>::kAtOnce * pitch);
+  return from;
+}
+
 // Repeats the values of the channels for every pixel of a folded row.
 template <typename S>
 void repeat(S* values, int64_t channels, int64_t columns) {
@@ -230,6 +250,7 @@ void add_up(const S* sums, int64_t k, int64_t blocks, int64_t padded, int64_t co
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t i = 0; i < k; ++i)
       for (int64_t begin = 0; begin < columns; begin += channels)
+        DMCP_INDEPENDENT
         for (int64_t c = 0; c < channels; ++c)
           total[i * channels + c] += sums[(block * k + i) * padded + begin + c];
 }
@@ -296,6 +317,30 @@ inline void add_up_planes(const double* sums, int64_t k, int64_t planes, int64_t
 // --- Per-channel values as arrays
 // -----------------------------------------------------------------
 
+// Loops over channels have no branches, so that they vectorise: a thousand divisions and square
+// roots one by one take as long as the activations of a small layer.
+
+inline bool complete(const Affine& affine) {
+  return affine.weight && affine.bias && affine.scale;
+}
+
+thread_local Scratch constants;
+
+// The same with arrays for what is absent.
+template <typename S>
+Affine completed(Affine affine, int64_t channels) {
+  if (complete(affine)) return affine;
+  S *ones = constants.take<S>(2 * channels), *zeros = ones + channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    ones[c] = S(1);
+    zeros[c] = S(0);
+  }
+  if (!affine.weight) affine.weight = ones;
+  if (!affine.bias) affine.bias = zeros;
+  if (!affine.scale) affine.scale = ones;
+  return affine;
+}
+
 template <typename S>
 struct Channels {
   static constexpr int64_t kArrays = 4;
@@ -308,6 +353,8 @@ struct Channels {
         scale(memory + 3 * padded) {}
 
   void fill(const Affine& affine, int64_t channels, int64_t columns, bool fold_scale) const {
+    DMCP_ASSUME(complete(affine));
+    DMCP_INDEPENDENT
     for (int64_t c = 0; c < channels; ++c) {
       const Channel<S> channel = channel_of<S>(affine, c, fold_scale);
       mean[c] = channel.mean;
@@ -326,14 +373,18 @@ template <typename S>
 void write_moments(const Shape& shape, const S* origin, const double* total, void* mean, void* var,
                    void* running_mean, void* running_var, double momentum) {
   const double count = static_cast<double>(shape.count());
+  S *means = static_cast<S*>(mean), *vars = static_cast<S*>(var);
+  DMCP_INDEPENDENT
   for (int64_t c = 0; c < shape.channels; ++c) {
     const Moments<S> batch = moments_of<S>(origin[c], total[c], total[shape.channels + c], count);
-    static_cast<S*>(mean)[c] = batch.mean;
-    static_cast<S*>(var)[c] = batch.var;
-    if (running_mean)
-      update_running(static_cast<S*>(running_mean), static_cast<S*>(running_var), c, batch, count,
-                     momentum);
+    means[c] = batch.mean;
+    vars[c] = batch.var;
   }
+  if (!running_mean) return;
+  DMCP_INDEPENDENT
+  for (int64_t c = 0; c < shape.channels; ++c)
+    update_running(static_cast<S*>(running_mean), static_cast<S*>(running_var), c,
+                   Moments<S>{means[c], vars[c]}, count, momentum);
 }
 
 template <typename T, typename S>
@@ -365,7 +416,7 @@ void stats_channels_last(const Shape& shape, const T* x, int64_t own_pitch, doub
       const Vector<S> from = load(origin + column);
       Vector<S> a = load(s1 + column), b = load(s2 + column);
       for (int64_t r = 0; r < at_once.value; ++r) {
-        const Vector<S> d = valid<S>(load(x + (row + r) * pitch + column, lanes) - from, lanes);
+        const Vector<S> d = valid<S>(load(reading(x + (row + r) * pitch + column, pitch), lanes) - from, lanes);
         a += d;
         b += d * d;
       }
@@ -479,6 +530,8 @@ template <typename S>
 void write_gradients(const Shape& shape, const Affine& affine, const double* total, bool fold,
                      S* sums) {
   const int64_t channels = shape.channels;
+  DMCP_ASSUME(complete(affine));
+  DMCP_INDEPENDENT
   for (int64_t c = 0; c < channels; ++c) {
     const Gradients<S> gradients =
         gradients_of<S>(affine, c, total[c], total[channels + c], total[2 * channels + c], fold);
@@ -517,8 +570,9 @@ void sums_channels_last(const Shape& shape, const Affine& affine, Pitched<const 
                    if constexpr (before)
                      added = load(residual.data + (row + r) * rp + column, lanes);
                    const auto terms = terms_of<act, before, S>(
-                       load(grad.data + (row + r) * gp + column, lanes),
-                       load(x.data + (row + r) * xp + column, lanes), mean, gain, shift, added);
+                       load(reading(grad.data + (row + r) * gp + column, gp), lanes),
+                       load(reading(x.data + (row + r) * xp + column, xp), lanes), mean, gain, shift,
+                       added);
                    a += valid<S>(terms.s0, lanes);
                    b += valid<S>(terms.s1, lanes);
                    if constexpr (!before && !homogeneous(act)) c += valid<S>(terms.s2, lanes);
@@ -593,6 +647,8 @@ struct GradChannels {
 
   void fill(const Affine& affine, const S* sums, double count, int64_t channels,
             int64_t columns) const {
+    DMCP_ASSUME(complete(affine));
+    DMCP_INDEPENDENT
     for (int64_t c = 0; c < channels; ++c) {
       const Channel<S> channel = channel_of<S>(affine, c, false);
       const InputGradient<S> input = input_gradient_of<S>(affine, sums, c, channels, count);
@@ -759,10 +815,11 @@ void forward_of(const Shape& shape, const Affine& affine, Act act, Pitched<const
   });
 }
 
-void forward(const Shape& shape, const Affine& affine, Act act, Residual kind,
+void forward(const Shape& shape, const Affine& given, Act act, Residual kind,
              Pitched<const void> x, Pitched<const void> residual, Pitched<void> y) {
   with_dtype(shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const Affine affine = completed<typename ComputeIn<T>::type>(given, shape.channels);
     switch (kind) {
       case Residual::none:
         return forward_of<Residual::none>(shape, affine, act, of<T>(x), of<T>(residual), of<T>(y));
@@ -790,11 +847,12 @@ void sums_of(const Shape& shape, const Affine& affine, Act act, Pitched<const T>
   write_gradients(shape, affine, total, before || homogeneous(act), static_cast<S*>(sums));
 }
 
-void sums(const Shape& shape, const Affine& affine, Act act, Pitched<const void> grad,
+void sums(const Shape& shape, const Affine& given, Act act, Pitched<const void> grad,
           Pitched<const void> x, Pitched<const void> residual, Pitched<void> grad_residual,
           void* sums) {
   with_dtype(shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const Affine affine = completed<typename ComputeIn<T>::type>(given, shape.channels);
     if (residual.data)
       sums_of<true>(shape, affine, act, of<T>(grad), of<T>(x), of<T>(residual),
                     of<T>(grad_residual), sums);
@@ -804,10 +862,11 @@ void sums(const Shape& shape, const Affine& affine, Act act, Pitched<const void>
   });
 }
 
-void grad(const Shape& shape, const Affine& affine, Act act, const void* sums, double count,
+void grad(const Shape& shape, const Affine& given, Act act, const void* sums, double count,
           Pitched<const void> grad, Pitched<const void> x, Pitched<void> grad_x) {
   with_dtype(shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const Affine affine = completed<typename ComputeIn<T>::type>(given, shape.channels);
     with_act(act, [&](auto constant) {
       constexpr Act kAct = decltype(constant)::value;
       if (shape.channels_last)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmcp.nn.axis import Axis, select
 from dmcp.nn.chain import MarkovChain
 from dmcp.ops import Activation, ResidualPlace, norm_act, norm_act_reference
-from dmcp.ops.norm_act import stats_dtype
+from dmcp.ops.norm_act_eager import stats_dtype
 from dmcp.train.distributed import World
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {

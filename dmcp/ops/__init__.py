@@ -6,7 +6,8 @@ from dmcp.ops.expected_cost import (
     expected_cost,
     expected_cost_reference,
 )
-from dmcp.ops.norm_act import Activation, ResidualPlace, norm_act, norm_act_reference
+from dmcp.ops.norm_act import norm_act
+from dmcp.ops.norm_act_eager import Activation, ResidualPlace, norm_act_reference
 from dmcp.ops.retain import retain, retain_reference
 
 __all__ = [

@@ -56,8 +56,10 @@ def place_like(x: Tensor, other: Placed) -> Placed:
 
 def empty_like(other: Placed) -> Placed:
     """An uninitialised tensor of the same shape, dtype and strides."""
-    x = other.tensor
-    return Placed(x.new_empty_strided(x.shape, x.stride()), other.channels_last, other.pitch)
+    x, channels_last, pitch = other
+    if pitch == (x.shape[1] if channels_last else math.prod(x.shape[1:])):
+        return Placed(torch.empty_like(x), channels_last, pitch)  # dense: keeps its strides
+    return Placed(x.new_empty_strided(x.shape, x.stride()), channels_last, pitch)
 
 
 def _pitch(x: Tensor, channels_last: bool) -> int | None:

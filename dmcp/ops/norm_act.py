@@ -9,28 +9,35 @@ commutes with it or a residual joins in between. Forward and backward each pass 
 activations; nothing is saved but ``x`` and per-channel vectors, because the backward computes ``v``
 again. The formulas are in ``csrc/common/norm_act.h``.
 
-Four kernels do the work, so that processes can exchange what belongs to the whole batch in between:
-``norm_stats`` and ``norm_act`` forward, ``norm_act_sums`` and ``norm_act_grad`` backward.
+Here are the function, its gradients and the registration of its ops; their kernels are in
+``norm_act_eager``, ``norm_act_native`` and ``dmcp.kernels.norm_act``. A pass each is an op, so that
+processes can exchange what belongs to the whole batch in between: ``norm_stats`` and ``norm_act``
+forward, ``norm_act_sums`` and ``norm_act_grad`` backward. Training in one process takes both passes
+as one op each way, ``norm_act_train`` and ``norm_act_train_backward``.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmcp.backends import accelerated, native_cuda, native_module, triton_installed
-from dmcp.ops.layout import Placed, empty_like, place, place_like
+from dmcp.ops.layout import empty_like, place
 from dmcp.ops.library import register
-
-Activation = Literal["identity", "relu", "relu6", "hardswish", "silu"]
-ACTIVATIONS: tuple[Activation, ...] = ("identity", "relu", "relu6", "hardswish", "silu")
-
-ResidualPlace = Literal["before", "after"]
+from dmcp.ops.norm_act_eager import (
+    ACTIVATIONS,
+    Activation,
+    EagerKernels,
+    ResidualPlace,
+    norm_act_reference,
+    stats_dtype,
+)
+from dmcp.ops.norm_act_native import DTYPES, CpuKernels, CudaKernels
 
 
 def norm_act(
@@ -112,85 +119,37 @@ def norm_act(
             momentum=momentum,
             eps=eps,
         )
-    before = residual is not None and residual_place == "before"
+    options = _Options(momentum, eps, act, residual is not None and residual_place == "before")
+    if training and alone:
+        if running_mean is not None and running_var is not None:
+            # Ops do not count what they write; a backward that saved these has to notice.
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        return _TrainNormAct.apply(
+            x, weight, bias, scale, residual, running_mean, running_var, options
+        )
     count: Tensor | None = None
     if not alone:
         running_mean, running_var, count = _joined_stats(
             x.detach(), running_mean, running_var, momentum
         )
-    elif training and running_mean is not None and running_var is not None:
-        # Ops do not count what they write; a backward that saved these has to notice.
-        torch.autograd.graph.increment_version((running_mean, running_var))
     return _NormAct.apply(
-        x,
-        weight,
-        bias,
-        scale,
-        residual,
-        running_mean,
-        running_var,
-        count,
-        training,
-        momentum,
-        eps,
-        act,
-        before,
+        x, weight, bias, scale, residual, running_mean, running_var, options, count
     )
 
 
-def norm_act_reference(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_place: ResidualPlace = "after",
-    act: Activation = "identity",
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """What `norm_act` computes in one process, in PyTorch operations that autograd differentiates.
-
-    The scale is folded into weight and bias where it comes before the activation or there is none;
-    behind a ReLU that would lose the gradient of a scale of 0. Without scale and residual this is
-    ``F.batch_norm`` and the activation, bit for bit.
-    """
-    before = residual is not None and residual_place == "before"
-    folds = scale is not None and (before or act == "identity")
-    if folds:
-        assert scale is not None
-        weight = scale if weight is None else weight * scale
-        bias = None if bias is None else bias * scale
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if before:
-        assert residual is not None
-        y = y + residual
-    y = activation(y, act)
-    if scale is not None and not folds:
-        y = y * per_channel(scale, x).to(x.dtype)
-    return y if residual is None or before else y + residual
+class _Options(NamedTuple):
+    momentum: float
+    eps: float
+    act: Activation
+    before: bool
 
 
-def activation(x: Tensor, act: Activation) -> Tensor:
-    """The activation of that name."""
-    return x if act == "identity" else getattr(F, act)(x)
+# The form of autograd.Function with `setup_context` would cost as much as everything else together,
+# and every argument costs about half a microsecond each way.
 
 
-def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """[C] values, shaped to broadcast against ``x`` [N, C, ...]."""
-    return values.view(1, -1, *[1] * (x.ndim - 2))
-
-
-class _NormAct(torch.autograd.Function):
-    """The ops with their gradients.
-
-    ``count`` is given where mean and var are those of all processes' batches, of so many values
-    per channel. The form with ``setup_context`` would cost as much as everything else together.
-    """
+class _TrainNormAct(torch.autograd.Function):
+    """By the statistics of the batch of this process."""
 
     @staticmethod
     def forward(
@@ -200,55 +159,103 @@ class _NormAct(torch.autograd.Function):
         bias: Tensor | None,
         scale: Tensor | None,
         residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        count: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        act: Activation,
-        before: bool,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        options: _Options,
     ) -> Tensor:
-        if training and count is None:
-            y, mean, var = torch.ops.dmcp.norm_act_train.default(
-                x, weight, bias, scale, residual, mean, var, momentum, eps, act, before
-            )
-        else:
-            y = torch.ops.dmcp.norm_act.default(
-                x, mean, var, weight, bias, scale, residual, eps, act, before
-            )
-        kept = residual if before else None
-        ctx.save_for_backward(x, mean, var, weight, bias, scale, kept, count)
-        ctx.options = training, eps, act, before
+        y, moments = torch.ops.dmcp.norm_act_train.default(
+            x, weight, bias, scale, residual, running_mean, running_var, *options
+        )
+        kept = residual if options.before else None
+        ctx.save_for_backward(x, moments, weight, bias, scale, kept)
+        ctx.options = options
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, count = ctx.saved_tensors
-        training, eps, act, before = ctx.options
-        needs_x, *needs_vector, needs_residual = ctx.needs_input_grad[:5]
-        if count is not None:
-            grad_x, sums, grad_residual = _synchronised_backward(grad, inputs, count, eps, act)
-        else:
-            grad_x, sums, grad_residual = torch.ops.dmcp.norm_act_backward.default(
-                grad, *inputs, training, needs_x, eps, act
+        x, moments, weight, bias, scale, residual = ctx.saved_tensors
+        _, eps, act, _ = ctx.options
+        needed = ctx.needs_input_grad
+        if residual is None and needed[0]:
+            grad_x, sums = torch.ops.dmcp.norm_act_train_backward.default(
+                grad, x, moments, weight, bias, scale, eps, act
             )
-        grad_bias, grad_weight, grad_scale = sums.unbind(0)
-        vectors = [
-            gradient if needed else None
-            for gradient, needed in zip(
-                (grad_weight, grad_bias, grad_scale), needs_vector, strict=True
-            )
-        ]
-        if not before:
-            grad_residual = grad
-        return (
-            grad_x if needs_x else None,
-            *vectors,
-            grad_residual if needs_residual else None,
-            *[None] * 8,
+            return _gradients(needed, grad_x, sums, grad)
+        mean, var = moments.unbind(0)
+        inputs = (x, mean, var, weight, bias, scale)
+        sums, seen, slope = _sums(grad, inputs, residual, eps, act)
+        grad_x = None
+        if needed[0]:
+            count = x.numel() / x.shape[1]
+            grad_x = torch.ops.dmcp.norm_act_grad.default(seen, *inputs, sums, count, eps, slope)
+        return _gradients(needed, grad_x, sums, seen)
+
+
+class _NormAct(torch.autograd.Function):
+    """By given statistics; by those of all processes' batches where ``count`` says of how many
+    values per channel they are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        options: _Options,
+        count: Tensor | None,
+    ) -> Tensor:
+        _, eps, act, before = options
+        y = torch.ops.dmcp.norm_act.default(
+            x, mean, var, weight, bias, scale, residual, eps, act, before
         )
+        kept = residual if before else None
+        ctx.save_for_backward(x, mean, var, weight, bias, scale, kept, count)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, residual, count = ctx.saved_tensors
+        _, eps, act, _ = ctx.options
+        needed = ctx.needs_input_grad
+        sums, seen, slope = _sums(grad, inputs, residual, eps, act)
+        means = None if count is None else _means_of_all(sums, count)
+        grad_x = None
+        if needed[0]:
+            grad_x = torch.ops.dmcp.norm_act_grad.default(seen, *inputs, means, 1.0, eps, slope)
+        return *_gradients(needed, grad_x, sums, seen), None
+
+
+def _sums(
+    grad: Tensor, inputs: Sequence[Any], residual: Tensor | None, eps: float, act: Activation
+) -> tuple[Tensor, Tensor, Activation]:
+    """The gradients of the vectors; dy and the activation that are left for the gradient of x: with
+    a residual in front of it, the activation is behind us then."""
+    sums, grad_residual = torch.ops.dmcp.norm_act_sums.default(grad, *inputs, residual, eps, act)
+    return (sums, grad, act) if residual is None else (sums, grad_residual, "identity")
+
+
+def _gradients(
+    needed: Sequence[bool], grad_x: Tensor | None, sums: Tensor, grad_residual: Tensor
+) -> tuple[Tensor | None, ...]:
+    """In the order of the arguments, None for those that want none."""
+    grad_bias, grad_weight, grad_scale = sums.unbind(0)
+    return (
+        grad_x,
+        grad_weight if needed[1] else None,
+        grad_bias if needed[2] else None,
+        grad_scale if needed[3] else None,
+        grad_residual if needed[4] else None,
+        None,
+        None,
+        None,
+    )
 
 
 # --- Statistics of the batches of all processes ---------------------------------------------------
@@ -276,295 +283,12 @@ def _joined_stats(
     return mean, var, count
 
 
-def _synchronised_backward(
-    grad: Tensor, inputs: list[Any], count: Tensor, eps: float, act: Activation
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``norm_act_backward``. The gradient is that of the sum of all processes' losses, because
-    every x moves everyone's statistics; those of weight, bias and scale are this process's."""
-    x, mean, var, weight, bias, scale, residual = inputs
-    sums, grad_residual = torch.ops.dmcp.norm_act_sums.default(grad, *inputs, eps, act)
-    if residual is not None:
-        grad, act = grad_residual, "identity"
+def _means_of_all(sums: Tensor, count: Tensor) -> Tensor:
+    """For the gradient of the sum of all processes' losses: every x moves everyone's statistics.
+    The gradients of weight, bias and scale stay those of this process's."""
     means = sums.clone()
     dist.all_reduce(means)
-    means /= count
-    grad_x = torch.ops.dmcp.norm_act_grad.default(
-        grad, x, mean, var, weight, bias, scale, means, 1.0, eps, act
-    )
-    return grad_x, sums, grad_residual
-
-
-# --- Plain PyTorch -------------------------------------------------------------------------------
-
-
-def stats_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of every per-channel vector."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-class EagerKernels:
-    """The four ops in plain PyTorch, for devices without kernels of their own."""
-
-    @staticmethod
-    def norm_stats(
-        x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-    ) -> tuple[Tensor, Tensor]:
-        over = [dim for dim in range(x.ndim) if dim != 1]
-        var, mean = torch.var_mean(x.to(stats_dtype(x)), over, correction=0)
-        if running_mean is not None and running_var is not None:
-            count = x.numel() / x.shape[1]
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
-        return mean, var
-
-    @staticmethod
-    def norm_act(
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        eps: float,
-        act: Activation,
-        before: bool,
-    ) -> Tensor:
-        _, v = _affine(x, mean, var, weight, bias, eps)
-        q: Tensor | float = 1.0 if scale is None else per_channel(scale, x)
-        if before:
-            assert residual is not None
-            y = activation(q * v + residual, act)
-        else:
-            y = q * activation(v, act)
-            y = y if residual is None else y + residual
-        out = empty_like(place(x)).tensor
-        return out.copy_(y)
-
-    @staticmethod
-    def norm_act_sums(
-        grad: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        eps: float,
-        act: Activation,
-    ) -> tuple[Tensor, Tensor]:
-        normal, v = _affine(x, mean, var, weight, bias, eps)
-        q: Tensor | float = 1.0 if scale is None else per_channel(scale, x)
-        over = [dim for dim in range(x.ndim) if dim != 1]
-        grad = grad.to(v.dtype)
-        if residual is None:
-            seen, at_scale = v, grad * activation(v, act)
-        else:
-            seen = q * v + residual
-            at_scale = _slope(grad, seen, act) * v
-        g = _slope(grad, seen, act)
-        sums = torch.stack([(q * g).sum(over), (q * g * normal).sum(over), at_scale.sum(over)])
-        if residual is None:
-            return sums, x.new_empty(0)
-        return sums, empty_like(place(x)).tensor.copy_(g)
-
-    @staticmethod
-    def norm_act_grad(
-        grad: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        sums: Tensor | None,
-        count: float,
-        eps: float,
-        act: Activation,
-    ) -> Tensor:
-        normal, v = _affine(x, mean, var, weight, bias, eps)
-        d = _slope(grad.to(v.dtype), v, act)
-        if scale is not None:
-            d = d * per_channel(scale, x)
-        if sums is not None:
-            d = d - per_channel(sums[0] / count, x) - normal * per_channel(sums[1] / count, x)
-        gain = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
-        return empty_like(place(x)).tensor.copy_(d * per_channel(gain, x))
-
-
-def _affine(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """x̂ and v = weight x̂ + bias, in the dtype of the statistics."""
-    centred = x.to(mean.dtype) - per_channel(mean, x)
-    normal = centred * per_channel(torch.rsqrt(var + eps), x)
-    v = normal if weight is None else normal * per_channel(weight, x)
-    return normal, v if bias is None else v + per_channel(bias, x)
-
-
-def _slope(grad: Tensor, u: Tensor, act: Activation) -> Tensor:
-    """grad act'(u)."""
-    match act:
-        case "relu":
-            return torch.ops.aten.threshold_backward(grad, u, 0)
-        case "relu6":
-            return torch.ops.aten.hardtanh_backward(grad, u, 0, 6)
-        case "hardswish":
-            return torch.ops.aten.hardswish_backward(grad, u)
-        case "silu":
-            return torch.ops.aten.silu_backward(grad, u)
-    return grad
-
-
-# --- The native module ---------------------------------------------------------------------------
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""What ``dmcp._native`` calls the dtypes of activations."""
-
-_NO_RESIDUAL, _RESIDUAL_BEFORE, _RESIDUAL_AFTER = range(3)
-
-_ADDING = ("norm_stats", "norm_act_sums")
-"""The ops that add up over channels; on CUDA they want memory for the sums of the blocks."""
-
-
-class NativeKernels:
-    """The four ops through ``dmcp._native``.
-
-    Args:
-        native: the module.
-        isa: the CPU kernels for this instruction set, one of ``native.cpu_isas()``; None for the
-            CUDA kernels.
-    """
-
-    def __init__(self, native: Any, isa: str | None) -> None:
-        self._isa = isa
-        suffix = "cuda" if isa is None else "cpu"
-        if isa is None:
-            self._workspace_of = native.norm_workspace_cuda
-        for name in OPS:
-            setattr(self, f"_{name}", getattr(native, f"{name}_{suffix}"))
-
-    def norm_stats(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-    ) -> tuple[Tensor, Tensor]:
-        placed = place(x)
-        mean = x.new_empty(x.shape[1], dtype=stats_dtype(x))
-        var = torch.empty_like(mean)
-        running = _dense(running_mean, running_var)
-        results = (_address(mean), _address(var), *map(_address, running))
-        self._launch("norm_stats", placed, *_pitched(placed), *results, momentum)
-        for given, updated in zip((running_mean, running_var), running, strict=True):
-            if given is not None and updated is not None and given is not updated:
-                given.copy_(updated)
-        return mean, var
-
-    def norm_act(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        eps: float,
-        act: Activation,
-        before: bool,
-    ) -> Tensor:
-        placed = place(x)
-        y = empty_like(placed)
-        vectors = _dense(mean, var, weight, bias, scale)
-        added = None if residual is None else place_like(residual, placed)
-        kind = _NO_RESIDUAL if added is None else _RESIDUAL_BEFORE if before else _RESIDUAL_AFTER
-        tensors = (*_pitched(placed), *_pitched(added), *_pitched(y))
-        affine = (*map(_address, vectors), eps, ACTIVATIONS.index(act))
-        self._launch("norm_act", placed, *affine, kind, *tensors)
-        return y.tensor
-
-    def norm_act_sums(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        eps: float,
-        act: Activation,
-    ) -> tuple[Tensor, Tensor]:
-        placed = place(x)
-        incoming = place_like(grad, placed)
-        vectors = _dense(mean, var, weight, bias, scale)
-        added = None if residual is None else place_like(residual, placed)
-        grad_residual = None if residual is None else empty_like(placed)
-        sums = mean.new_empty(3, x.shape[1])
-        tensors = (*_pitched(incoming), *_pitched(placed), *_pitched(added))
-        affine = (*map(_address, vectors), eps, ACTIVATIONS.index(act))
-        outputs = (*_pitched(grad_residual), _address(sums))
-        self._launch("norm_act_sums", placed, *affine, *tensors, *outputs)
-        return sums, x.new_empty(0) if grad_residual is None else grad_residual.tensor
-
-    def norm_act_grad(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        sums: Tensor | None,
-        count: float,
-        eps: float,
-        act: Activation,
-    ) -> Tensor:
-        placed = place(x)
-        incoming = place_like(grad, placed)
-        grad_x = empty_like(placed)
-        vectors = _dense(mean, var, weight, bias, scale, sums)
-        tensors = (*_pitched(incoming), *_pitched(placed), *_pitched(grad_x))
-        affine = (*map(_address, vectors[:5]), eps, ACTIVATIONS.index(act))
-        self._launch("norm_act_grad", placed, *affine, _address(vectors[5]), count, *tensors)
-        return grad_x.tensor
-
-    def _launch(self, name: str, placed: Placed, *arguments: Any) -> None:
-        x = placed.tensor
-        batch, channels = x.shape[:2]
-        pixels = x.numel() // max(batch * channels, 1)
-        shape = (batch, channels, pixels, placed.channels_last, DTYPES[x.dtype])
-        kernel = getattr(self, f"_{name}")
-        if self._isa is not None:
-            kernel(*shape, *arguments, self._isa)
-            return
-        with torch.cuda.device(x.device):
-            if name in _ADDING:
-                workspace = x.new_empty(self._workspace_of(*shape), dtype=torch.uint8)
-                arguments = (*arguments, workspace.data_ptr())
-            kernel(*shape, *arguments, torch.cuda.current_stream().cuda_stream)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _pitched(placed: Placed | None) -> tuple[int, int]:
-    return (0, 0) if placed is None else (placed.tensor.data_ptr(), placed.pitch)
-
-
-def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    return [vector if vector is None else vector.contiguous() for vector in vectors]
+    return means.div_(count)
 
 
 # --- Checks --------------------------------------------------------------------------------------
@@ -586,16 +310,16 @@ def _check(x: Tensor, act: str, residual: Tensor | None, place: str, **vectors: 
         )
     if residual is not None and residual.device != x.device:
         raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
-    dtype, channels = stats_dtype(x), x.shape[1]
+    dtype, shape, device = stats_dtype(x), (x.shape[1],), x.device
     for name, vector in vectors.items():
         if vector is None:
             continue
         if vector.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} for {x.dtype} activations, got {vector.dtype}")
-        if vector.ndim != 1 or vector.shape[0] != channels:
-            raise ValueError(f"{name} must be [{channels}], got the shape {list(vector.shape)}")
-        if vector.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {vector.device}")
+        if vector.shape != shape:
+            raise ValueError(f"{name} must be {[*shape]}, got the shape {[*vector.shape]}")
+        if vector.device != device:
+            raise ValueError(f"{name} must be on {device} like x, got {vector.device}")
 
 
 def _check_count(x: Tensor, fewest: int) -> None:
@@ -609,7 +333,7 @@ def _check_count(x: Tensor, fewest: int) -> None:
 # --- Registration --------------------------------------------------------------------------------
 
 OPS = ("norm_stats", "norm_act", "norm_act_sums", "norm_act_grad")
-"""What a backend implements."""
+"""What a backend implements; those of training follow from them."""
 
 _SCHEMAS = {
     "norm_stats": "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum)"
@@ -622,10 +346,9 @@ _SCHEMAS = {
     " Tensor? bias, Tensor? scale, Tensor? sums, float count, float eps, str act) -> Tensor",
     "norm_act_train": "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? residual,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, str act,"
-    " bool before) -> (Tensor, Tensor, Tensor)",
-    "norm_act_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight,"
-    " Tensor? bias, Tensor? scale, Tensor? residual, bool training, bool needs_x, float eps,"
-    " str act) -> (Tensor, Tensor, Tensor)",
+    " bool before) -> (Tensor, Tensor)",
+    "norm_act_train_backward": "(Tensor grad, Tensor x, Tensor moments, Tensor? weight,"
+    " Tensor? bias, Tensor? scale, float eps, str act) -> (Tensor, Tensor)",
 }
 
 
@@ -669,11 +392,7 @@ class TritonKernels:
 
 
 class _Composites:
-    """Two ops in one, because a call through the dispatcher costs as much as a small layer.
-
-    Args:
-        kernels: of one backend.
-    """
+    """The ops of training, from the four of a backend that has no kernels for them."""
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -691,48 +410,39 @@ class _Composites:
         eps: float,
         act: Activation,
         before: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
+        """y, and mean and biased variance [2, C]."""
         mean, var = self._kernels.norm_stats(x, running_mean, running_var, momentum)
         y = self._kernels.norm_act(x, mean, var, weight, bias, scale, residual, eps, act, before)
-        return y, mean, var
+        return y, torch.stack([mean, var])
 
-    def norm_act_backward(
+    def norm_act_train_backward(
         self,
         grad: Tensor,
         x: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        moments: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         scale: Tensor | None,
-        residual: Tensor | None,
-        training: bool,
-        needs_x: bool,
         eps: float,
         act: Activation,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sums, grad_residual = self._kernels.norm_act_sums(
-            grad, x, mean, var, weight, bias, scale, residual, eps, act
-        )
-        if not needs_x:
-            return x.new_empty(0), sums, grad_residual
-        if residual is not None:  # the activation is behind us now
-            grad, act = grad_residual, "identity"
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x and of the vectors, where no residual comes before the activation."""
+        affine = (*moments.unbind(0), weight, bias, scale)
+        sums, _ = self._kernels.norm_act_sums(grad, x, *affine, None, eps, act)
         count = x.numel() / x.shape[1]
-        grad_x = self._kernels.norm_act_grad(
-            grad, x, mean, var, weight, bias, scale, sums if training else None, count, eps, act
-        )
-        return grad_x, sums, grad_residual
+        grad_x = self._kernels.norm_act_grad(grad, x, *affine, sums, count, eps, act)
+        return grad_x, sums
 
 
 def _cpu_kernels() -> Any:
     native = native_module()
-    return None if native is None else NativeKernels(native, native.cpu_isas()[-1])
+    return None if native is None else CpuKernels(native, native.cpu_isas()[-1])
 
 
 def _cuda_kernels() -> Any:
     if native_cuda():
-        return NativeKernels(native_module(), None)
+        return CudaKernels(native_module())
     return TritonKernels() if triton_installed() else None
 
 
@@ -740,7 +450,7 @@ def _kernel(kernels: Any, name: str) -> Any:
     """The kernel of an op, None where there is no such backend."""
     if kernels is None:
         return None
-    return getattr(kernels if name in OPS else _Composites(kernels), name)
+    return getattr(kernels, name, None) or getattr(_Composites(kernels), name)
 
 
 def _register() -> None:

@@ -3,22 +3,18 @@ compute when a host compiler builds the same source (see ``cuda_emulation/cuda/l
 """
 
 import ctypes
-import importlib
 import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dmcp.backends import native_cuda, native_module
-
-# By its name: dmcp.ops.norm_act is the function.
-MODULE = importlib.import_module("dmcp.ops.norm_act")
-EagerKernels, per_channel = MODULE.EagerKernels, MODULE.per_channel
+from dmcp.ops import norm_act_native
+from dmcp.ops.norm_act_eager import ACTIVATIONS, EagerKernels, _affine, per_channel, stats_dtype
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "norm_act.cu"
@@ -96,23 +92,19 @@ class Emulation:
         self._library = ctypes.CDLL(str(path))
         self._library.norm_workspace.restype = ctypes.c_int64
         self._library.take_failure.restype = ctypes.c_char_p
-        entries = {f"{name}_cpu": self._entry(name) for name in MODULE.OPS}
-        self.kernels = MODULE.NativeKernels(SimpleNamespace(**entries), "emulated")
+        self.kernels = norm_act_native.NativeKernels(self._launch)
 
     def device(self, multiprocessors, backwards):
         """What runs from here on; `backwards`: in this order, blocks and threads of a block."""
         self._call("set_emulation", multiprocessors, backwards)
 
-    def _entry(self, name):
-        def call(*arguments):
-            arguments = arguments[:-1]  # without the instruction set
-            if name in ("norm_stats", "norm_act_sums"):
-                size = self._call("norm_workspace", *arguments[:5])
-                workspace = torch.full((size // 8 + 1,), math.nan, dtype=torch.float64)
-                arguments = (*arguments, workspace.data_ptr())
-            self._call(name, *arguments)
-
-        return call
+    def _launch(self, name, placed, *arguments):
+        shape = norm_act_native.described(placed)
+        if name in ("norm_stats", "norm_act_sums"):
+            size = self._call("norm_workspace", *shape)
+            workspace = torch.full((size // 8 + 1,), math.nan, dtype=torch.float64)
+            arguments = (*arguments, workspace.data_ptr())
+        self._call(name, *shape, *arguments)
 
     def _call(self, name, *arguments):
         real, whole = ctypes.c_double, ctypes.c_int64
@@ -156,7 +148,7 @@ def only_own_elements_written(x):
 
 @pytest.fixture(autouse=True)
 def _nan_outputs(monkeypatch):
-    monkeypatch.setattr(MODULE, "empty_like", nan_like)
+    monkeypatch.setattr(norm_act_native, "empty_like", nan_like)
 
 
 # --- Problems -------------------------------------------------------------------------------------
@@ -204,7 +196,7 @@ class Problem:
         def normal(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        channels, vectors = shape[1], MODULE.stats_dtype(torch.empty(0, dtype=dtype))
+        channels, vectors = shape[1], stats_dtype(torch.empty(0, dtype=dtype))
         centre = normal(channels)
         other_layout = other_layout or layout
         self.x = lay(normal(*shape) * 2 + per_channel(centre, normal(*shape)), dtype, layout)
@@ -220,7 +212,7 @@ class Problem:
     def magnitudes(self, scale):
         """Of x normalised, of v, and of the scale: what errors of rounding are relative to."""
         affine = self.mean, self.var, self.weight, self.bias
-        normal, v = MODULE._affine(*exact(self.x, *affine), EPS)
+        normal, v = _affine(*exact(self.x, *affine), EPS)
         bias = per_channel(self.bias.double(), self.x)
         q = torch.ones_like(v) if scale is None else per_channel(scale.double(), self.x)
         return normal.abs(), v.abs() + bias.abs() + 1, q
@@ -330,7 +322,7 @@ def test_tensors_of_unlike_pitch(emulation, layout, other, dtype):
         check(emulation, Problem((3, channels, 7, 7), dtype, layout, other))
 
 
-@pytest.mark.parametrize("act", MODULE.ACTIVATIONS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "middle_last"])
 def test_activations_and_residuals(emulation, layout, dtype, act):
