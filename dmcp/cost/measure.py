@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 
 import torch
@@ -18,6 +19,8 @@ def measured_macs(model: nn.Module, *inputs: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of the flags below, about hardware that is not there
         stack.enter_context(modes_kept(model))
         # The counter does not see into fused attention and recurrent layers, which PyTorch uses
         # without gradients and with oneDNN.

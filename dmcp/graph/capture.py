@@ -48,6 +48,7 @@ def _explain(error: Exception) -> str:
     text = str(error).strip()
     first = next(iter(text.splitlines()), type(error).__name__)
     place = re.search(r'raised this error:\s+File "(.+)", line (\d+).*\n\s*(.*)', text)
-    if place is None:
-        return first
-    return f"{first} At {place[1]}:{place[2]}: {place[3].strip()}"
+    if place is not None:
+        return f"{first} At {place[1]}:{place[2]}: {place[3].strip()}"
+    caused = re.search(r"Caused by: \((?!_export)(.+:\d+) in \w+\)", text)
+    return f"{first} At {caused[1]}" if caused is not None else first

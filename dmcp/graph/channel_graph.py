@@ -33,12 +33,23 @@ class ModuleAxes:
 
 @dataclass(frozen=True)
 class ModuleSize:
-    """An attribute of a module that tells the length of an axis, divided by ``per``."""
+    """An attribute of a module that tells the length of an axis, divided by ``per``: a number, or
+    the item at ``place`` of a list."""
 
     module: str
     attribute: str
     axis: AxisMap
-    per: int
+    per: int = 1
+    place: int | None = None
+
+    def set(self, module: nn.Module, length: int) -> None:
+        """Write what follows from a length of the axis into a copy of the module."""
+        if self.place is None:
+            setattr(module, self.attribute, length // self.per)
+            return
+        items = getattr(module, self.attribute)
+        changed = [length if n == self.place else item for n, item in enumerate(items)]
+        setattr(module, self.attribute, type(items)(changed))
 
 
 @dataclass(frozen=True)

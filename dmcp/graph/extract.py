@@ -56,7 +56,7 @@ def extract_steps(graph: ChannelGraph, steps: Mapping[int, Tensor]) -> nn.Module
     small = copy.deepcopy(graph.model, copies)
     for size in graph.sizes:
         length = len(size.axis.kept(steps))
-        setattr(small.get_submodule(size.module), size.attribute, length // size.per)
+        size.set(small.get_submodule(size.module), length)
     return small
 
 

@@ -121,7 +121,7 @@ class Partition:
             for call in tracer.counted
         )
         sizes = tuple(
-            ModuleSize(size.module, size.attribute, self.map(size.slots), size.per)
+            ModuleSize(size.module, size.attribute, self.map(size.slots), size.per, size.place)
             for size in tracer.sizes
         )
         consumed = frozenset(tracer.consumed - tracer.produced)

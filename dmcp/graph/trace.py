@@ -115,7 +115,7 @@ def _chosen(
     least = min_width if isinstance(min_width, Mapping) else {"*": min_width}
     for option, patterns in (("exclude", exclude), ("min_width", least)):
         for pattern in patterns:
-            if not any(_matches(unit, pattern) for unit in units):
+            if pattern != "*" and not any(_matches(unit, pattern) for unit in units):
                 raise ConfigError(f"{option}: no unit matches {pattern!r}")
     return tuple(_restricted(unit, exclude, least) for unit in units)
 

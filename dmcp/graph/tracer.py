@@ -92,12 +92,13 @@ class Counted:
 
 @dataclass(frozen=True, eq=False)
 class Size:
-    """A module's attribute that equals the length of an axis, divided by ``per``."""
+    """A `ModuleSize` in the making."""
 
     module: str
     attribute: str
     slots: Slots
-    per: int
+    per: int = 1
+    place: int | None = None
 
 
 @dataclass
@@ -130,6 +131,7 @@ class Tracer:
     own: Counter[str] = field(default_factory=Counter)
     call: Call = field(init=False)
     _parameters: set[str] = field(default_factory=set)
+    _stored: dict[int, str] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
     _targets: dict[fx.Node, str] = field(default_factory=dict)
 
@@ -207,6 +209,18 @@ class Tracer:
         if value * per == len(axis.slots):
             self.sizes.append(Size(self.call.module, attribute, axis.slots, per))
 
+    def sizes_held(self, sizes: Sequence[int]) -> str | None:
+        """The attribute of the calling module that is a list of these sizes, if there is one."""
+        for name, value in vars(self.model.get_submodule(self.call.module)).items():
+            if type(value) in (list, tuple) and list(value) == list(sizes):
+                return name
+        return None
+
+    def size_of_part(self, attribute: str, place: int, axis: Axis | None) -> None:
+        """An item of a list that the calling module holds is the length of ``axis``."""
+        if axis is not None:
+            self.sizes.append(Size(self.call.module, attribute, axis.slots, 1, place))
+
     def visit(
         self, kind: NodeKind, weights: Sequence[Value], inputs: Axis | None, outputs: Axis | None
     ) -> str | None:
@@ -228,7 +242,7 @@ class Tracer:
 
     def _name_of(self, weight: Value) -> str | None:
         """The name of the parameter or buffer that a value is, if it is one as it is stored."""
-        return next((name for name, axes in self.tensors.items() if axes is weight.axes), None)
+        return self._stored.get(id(weight.axes))
 
     def count(self, factor: int, axes: Sequence[Axis | None], output: Value | None = None) -> None:
         """The call costs ``factor`` times the lengths of ``axes`` multiply–accumulates for the
@@ -298,7 +312,8 @@ class Tracer:
 
     def _run_call(self, node: fx.Node, values: dict[fx.Node, Any], calls: Counter[str]) -> Any:
         if node.target is operator.getitem:
-            source, number = values[node.args[0]], node.args[1]  # type: ignore[index]
+            source: Any = values[node.args[0]]  # type: ignore[index]
+            number: Any = node.args[1]
             return source[number] if isinstance(source, (list, tuple)) else None
         self.call = self._describe(node, calls)
         known = {key: values.get(key) for key in node.all_input_nodes}
@@ -353,6 +368,8 @@ class Tracer:
                 axis and replace(axis, origins=frozenset({(name, dim)}))
                 for dim, axis in enumerate(fresh)
             )
+            if shape:
+                self._stored[id(self.tensors[name])] = name
         return Value(shape, self.tensors[name])
 
     def _canonical(self, name: str) -> str:
@@ -378,7 +395,7 @@ class Tracer:
         plain = leaf and type(module).forward.__module__.startswith("torch.nn.modules")
         results = node.meta.get("val")
         several = isinstance(results, (list, tuple))
-        leaves = results if several else [results]
+        leaves = list(results) if isinstance(results, (list, tuple)) else [results]
         shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
         return Call(node.target, node, shapes, several, name, where, alone, alone or plain)
 

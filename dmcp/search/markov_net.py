@@ -205,7 +205,7 @@ class MarkovNet(nn.Module):
         for size, axis in self._sizes:
             kept = axis.keep()
             length = len(size.axis.unit) if kept is None else _length(kept)
-            setattr(self.model.get_submodule(size.module), size.attribute, length // size.per)
+            size.set(self.model.get_submodule(size.module), length)
 
     def _install(self, sites: MaskSites) -> None:
         """Replace the modules that stand for one operator by ones that follow chains; scale the

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmcp.graph.channel_graph import NodeKind
 from dmcp.graph.rules.registry import rule, unknown
 from dmcp.graph.values import Axis, Value
 
@@ -61,8 +62,8 @@ def _emit(tracer: Tracer, terms: Sequence[Term], axes: Sequence[Axis | None]) ->
     operands = [value for value, _ in terms]
     weights = [value for value in operands if value.constant]
     module = tracer.visit("dense", weights, _last(operands[0]), axes[-1]) if weights else None
-    kind = "dense" if len(operands) - len(weights) == 1 else "join"
-    return tracer.emit(kind, operands, axes, module=module)  # type: ignore[arg-type]
+    kind: NodeKind = "dense" if len(operands) - len(weights) == 1 else "join"
+    return tracer.emit(kind, operands, axes, module=module)
 
 
 def _last(value: Value) -> Axis | None:
@@ -81,8 +82,8 @@ def linear(tracer: Tracer, x: Value, weight: Value, bias: Value | None) -> Value
         tracer.equate(axes[-1], bias.axes[-1])
     operands = [x, weight, *([bias] if bias is not None else [])]
     module = tracer.visit("dense", operands[1:], x.axes[-1], axes[-1])
-    kind = "dense" if weight.constant else "join"
-    return tracer.emit(kind, operands, axes, module=module)  # type: ignore[arg-type]
+    kind: NodeKind = "dense" if weight.constant else "join"
+    return tracer.emit(kind, operands, axes, module=module)
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot")
@@ -101,21 +102,20 @@ def matmul(tracer: Tracer, left: Value, right: Value) -> Value:
 @rule("addmm", "baddbmm")
 def addmm(tracer: Tracer, bias: Value, left: Value, right: Value, *_: Any) -> Value:
     batch = "a" if len(left.shape) == 3 else ""
-    terms = [(left, f"{batch}yx"), (right, f"{batch}xz")]
+    terms: list[Term] = [(left, f"{batch}yx"), (right, f"{batch}xz")]
     axes = contract(tracer, terms, f"{batch}yz")
-    held = list(bias.axes)
     for place, axis in enumerate(axes):
         offset = place - len(axes) + len(bias.shape)
         if offset < 0 or bias.shape[offset] == 1:
             axes[place] = axis and axis.tainted("the same number is added to every channel")
         else:
-            tracer.equate(axis, held[offset])
+            tracer.equate(axis, bias.axes[offset])
     return _emit(tracer, [*terms, (bias, "")], axes)
 
 
 @rule("einsum")
 def einsum(tracer: Tracer, equation: str, operands: Sequence[Value], *_: Any) -> Value:
-    left, _, out = equation.replace(" ", "").partition("->")
+    left, _arrow, out = equation.replace(" ", "").partition("->")
     sides = left.split(",")
     if "->" not in equation:
         out = "".join(sorted(c for c in set(left) - set(",.") if left.count(c) == 1))
@@ -207,8 +207,9 @@ def _convolve(
         consumed, produced = (0, 1) if transposed else (1, 0)
         if weight.shape[consumed] > 1 or inputs is not None:
             tracer.sum_over([inputs], [weight.axes[consumed]])
-        outputs, kind = weight.axes[produced], "dense"
-        if outputs is not None and not x.constant:
+        outputs = weight.axes[produced]
+        kind: NodeKind = "dense"
+        if not x.constant:
             tracer.produce(outputs)
     else:
         per_in, per_out = x.shape[place] // groups, tracer.call.shape[place] // groups
@@ -224,11 +225,10 @@ def _convolve(
 
     axes = [*x.axes[:place], outputs, *([None] * spatial)]
     weights = [weight, *([bias] if bias is not None else [])]
-    module = tracer.visit(kind, weights, inputs, outputs)  # type: ignore[arg-type]
+    module = tracer.visit(kind, weights, inputs, outputs)
     homogeneous = kind == "dense" or bias is None
-    result = tracer.emit(  # type: ignore[call-overload]
-        kind, [x, *weights], axes, module=module, homogeneous=homogeneous
-    )
+    operands = [x, *weights]
+    result = tracer.emit(kind, operands, axes, module=module, homogeneous=homogeneous)
     # A multiplication per weight and position; the positions of the images' own dimensions.
     grid = x.shape if transposed else tracer.call.shape
     positions = prod(grid[:place]) * prod(grid[place + 1 :])
@@ -241,7 +241,7 @@ def _convolve(
 
 def _by_groups(
     tracer: Tracer, inputs: Axis | None, weight: Value, groups: int, *, transposed: bool
-) -> tuple[Axis | None, str]:
+) -> tuple[Axis | None, NodeKind]:
     """Depthwise: whole groups go, with their inputs and their outputs."""
     per_out = weight.shape[1] if transposed else weight.shape[0] // groups
     own = weight.axes[0]
@@ -259,12 +259,13 @@ def _by_groups(
 
 def _by_columns(
     tracer: Tracer, inputs: Axis | None, weight: Value, groups: int, *, transposed: bool
-) -> tuple[Axis | None, str]:
+) -> tuple[Axis | None, NodeKind]:
     """Every group keeps the same number of inputs, and of outputs: the same places in each."""
     table = tracer.table
     own, shared = weight.axes[0], weight.axes[1]
-    assert own is not None
-    assert shared is not None
+    if own is None or shared is None:
+        tracer.block([inputs, own, shared], "the weights of a grouped convolution are computed")
+        return None, "dense"
     columns = table.tie_rows(own.slots.reshape(groups, -1))
     if transposed:
         read, made = Axis(columns, origins=own.origins), np.tile(shared.slots, groups)

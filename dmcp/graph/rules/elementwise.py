@@ -168,6 +168,13 @@ def identity(tracer: Tracer, x: Value, *_: Any) -> Value:
     return tracer.emit("linear_map", [x], x.axes)
 
 
+@rule("alpha_dropout", "feature_alpha_dropout")
+def alpha_dropout(tracer: Tracer, x: Value, _probability: float, training: bool) -> Value:
+    reason = f"alpha dropout of zero is not zero ({tracer.call.where})"
+    axes = [axis and axis.tainted(reason) if training else axis for axis in x.axes]
+    return tracer.emit("linear_map", [x], axes)
+
+
 @rule("prelu", "_prelu_kernel")
 def prelu(tracer: Tracer, x: Value, weight: Value) -> Value:
     axes = list(x.axes)

@@ -86,9 +86,16 @@ def chunk(tracer: Tracer, x: Value, count: int, dim: int = 0) -> list[Value]:
 
 @rule("split", "split_with_sizes", "tensor_split.indices")
 def split(tracer: Tracer, x: Value, sizes: int | Sequence[int], dim: int = 0) -> list[Value]:
-    """Sizes are taken to be written into the code. Of parts of one size the last may shrink."""
+    """Sizes are taken to be written into the code, unless they are a list that the module holds,
+    which can follow. Of parts of one size the last may shrink."""
     dim = x.dim(dim)
     axis = x.axes[dim]
+    attribute = None if isinstance(sizes, int) else tracer.sizes_held(sizes)
+    if attribute is not None:
+        pieces = _pieces(tracer, x, dim)
+        for place, piece in enumerate(pieces):
+            tracer.size_of_part(attribute, place, piece.axes[dim])
+        return pieces
     last = tracer.call.shapes[-1][dim] if isinstance(sizes, int) else 0
     _pin(tracer, axis, 0, x.shape[dim] - last)
     return _pieces(tracer, x, dim)

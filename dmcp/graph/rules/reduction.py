@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dmcp.graph.channel_graph import NodeKind
 from dmcp.graph.rules.registry import rule
 from dmcp.graph.values import Axis, Value
 
@@ -54,7 +55,7 @@ def reduce(tracer: Tracer, x: Value, *arguments: Any) -> Any:
     kept: Sequence[Axis | None] = [axis for dim, axis in enumerate(axes) if dim not in dims]
     if options.get("keepdim"):
         kept = [None if dim in dims else axis for dim, axis in enumerate(axes)]
-    kind = "linear_map" if name in ("sum", "mean", "amax", "max") else "join"
+    kind: NodeKind = "linear_map" if name in ("sum", "mean", "amax", "max") else "join"
     results = [tracer.emit(kind, [x], kept, shape=shape) for shape in tracer.call.shapes]
     return results if tracer.call.several else results[0]
 
@@ -91,7 +92,8 @@ def weight_norm(tracer: Tracer, direction: Value, length: Value, dim: int = 0) -
     tracer.block(rest, "a norm runs over the weights that read its channels")
     axes = list(direction.axes)
     # A dropped channel's length is zero; its direction must not be, or it would be 0 / 0.
-    tracer.consumed.update(axes[kept].origins if axes[kept] else ())
-    tracer.meet([axes[kept], length.axes[kept]])
+    axis = axes[kept]
+    tracer.consumed.update(axis.origins if axis is not None else ())
+    tracer.meet([axis, length.axes[kept]])
     axes[kept] = length.axes[kept]
     return tracer.emit("join", [direction, length], axes)
