@@ -109,7 +109,7 @@ class Proof:
     Attributes:
         structures: networks that were compared after the last unit was refuted.
         forward_error: largest difference of an output, relative to the largest output.
-        gradient_error: the same of the gradients of the parameters.
+        gradient_error: the same of the gradients of the parameters; NaN where the model has none.
         dtype: the precision that decided, ``"float32"`` or ``"float64"``.
         refuted: unit name -> what went wrong; these units are unsearchable.
         seconds: how long it took.

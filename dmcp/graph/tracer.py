@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import DispatchKey
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -131,6 +132,7 @@ class Tracer:
     own: Counter[str] = field(default_factory=Counter)
     call: Call = field(init=False)
     _parameters: set[str] = field(default_factory=set)
+    _memory: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _stored: dict[int, str] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
     _targets: dict[fx.Node, str] = field(default_factory=dict)
@@ -314,6 +316,7 @@ class Tracer:
         if node.target is operator.getitem:
             source: Any = values[node.args[0]]  # type: ignore[index]
             number: Any = node.args[1]
+            self._memory[node] = self._memory.get(node.args[0], node.args[0])  # type: ignore[arg-type, assignment]
             return source[number] if isinstance(source, (list, tuple)) else None
         self.call = self._describe(node, calls)
         known = {key: values.get(key) for key in node.all_input_nodes}
@@ -322,9 +325,22 @@ class Tracer:
         self.uses.update(self._targets[n] for n in known if n in self._targets)
         result = find_rule(node.target)(self, *arguments)
         self._block_fixed_sizes([*inputs, *tree_leaves(result)])
-        if _is_in_place(node.target) and isinstance(result, Value):
-            values[node.args[0]] = result  # type: ignore[index]
+        target = node.args[0] if node.args else None
+        if isinstance(target, fx.Node) and _may_share(node.target):
+            self._memory[node] = self._memory.get(target, target)
+        if isinstance(target, fx.Node) and _is_in_place(node.target) and isinstance(result, Value):
+            self._write(target, result, values)
         return result
+
+    def _write(self, target: fx.Node, result: Value, values: dict[fx.Node, Any]) -> None:
+        """``target`` was written on: so were all values that share its memory."""
+        memory = self._memory.get(target, target)
+        taint = next((axis.taint for axis in labelled([result]) if axis.taint), "")
+        for node, value in values.items():
+            if taint and isinstance(value, Value) and self._memory.get(node, node) is memory:
+                axes = tuple(axis and axis.tainted(taint) for axis in value.axes)
+                values[node] = replace(value, axes=axes)
+        values[target] = result
 
     def _block_fixed_sizes(self, values: Sequence[Any]) -> None:
         name = self.call.module
@@ -427,6 +443,15 @@ def _all_arguments(node: fx.Node) -> list[Any]:
         return [*node.args, *node.kwargs.values()]
     rest = node.target._schema.arguments[len(node.args) :]
     return [*node.args, *(node.kwargs.get(arg.name, arg.default_value) for arg in rest)]
+
+
+def _may_share(target: Any) -> bool:
+    """Whether the output may be a view of the first argument, or that itself."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    # Composite operators do not tell: they may return views, or what they were given.
+    composite = target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    return composite or any(value.alias_info is not None for value in target._schema.returns)
 
 
 def _is_in_place(target: Any) -> bool:

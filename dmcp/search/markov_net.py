@@ -48,6 +48,8 @@ class MarkovNet(nn.Module):
         model: the network, already on its device.
         example_inputs: as for `dmcp.trace`.
         groups, divisor, min_width: the widths of every unit, see `dmcp.nn.width_choices`.
+        graph: what `dmcp.trace` returned for this model, instead of ``example_inputs``: to exclude
+            or tie units.
 
     Attributes:
         graph: the `ChannelGraph`, each unit's ``choices`` restricted to its grid.
@@ -55,18 +57,26 @@ class MarkovNet(nn.Module):
 
     Raises:
         TraceError: see `dmcp.trace`; also if no unit is left to search.
+        ConfigError: both or neither of ``example_inputs`` and ``graph``, or another model's graph.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor | tuple[Tensor, ...],
+        example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
         groups: int = 10,
         divisor: int = 8,
         min_width: int = 1,
+        *,
+        graph: ChannelGraph | None = None,
     ) -> None:
         super().__init__()
-        graph = trace(model, example_inputs)
+        if example_inputs is not None and graph is None:
+            graph = trace(model, example_inputs)
+        elif example_inputs is not None or graph is None:
+            raise ConfigError("MarkovNet: give either example_inputs or graph")
+        if graph.model is not model:
+            raise ConfigError("graph: it is of another model")
         sites = mask_sites(graph.nodes)
         unmasked = {u for n in sites.missing for _, a in graph.nodes[n].axes for u in a.units}
         units = tuple(

@@ -76,9 +76,10 @@ def _stored(module: nn.Module, named: Sequence[tuple[str, int]]) -> Iterator[tup
     if isinstance(module, nn.PReLU):
         return  # zero stays zero, whatever its weight
     if isinstance(module, _ConvTransposeNd) and module.groups > 1:
-        # A bias holds all outputs, the weight those of one group, or (depthwise) the groups.
-        depthwise = module.in_channels == module.groups
-        allowed = {("weight", 0 if depthwise else 1), ("bias", 0)}
+        # A bias holds all outputs, the weight those of one group, or the groups where one of their
+        # sides is a single channel.
+        whole = 1 in (module.in_channels // module.groups, module.out_channels // module.groups)
+        allowed = {("weight", 0 if whole else 1), ("bias", 0)}
         assert set(named) <= allowed, named
         yield from ((getattr(module, name), dim) for name, dim in named)
     elif isinstance(module, (_ConvNd, nn.Linear)):

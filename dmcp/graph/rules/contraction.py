@@ -42,10 +42,13 @@ def contract(tracer: Tracer, terms: Sequence[Term], out: str) -> list[Axis | Non
             )
             axes[letter] = next((axis for axis in held if axis is not None), None)
     result = [axes[letter] for letter in out]
-    fixed = prod(size for letter, size in sizes.items() if axes[letter] is None)
+    # What a single factor sums over is summed first; without a common sum it is elementwise.
+    common = [c for c in letters if c in out or sum(c in dims for _, dims in terms) > 1]
+    fixed = prod(sizes[letter] for letter in common if axes[letter] is None)
     output = Value(tuple(sizes[letter] for letter in out), tuple(result))
-    if all(len(dims) > 1 for _, dims in terms):  # a vector's product is no matrix product
-        tracer.count(fixed, list(axes.values()), output)
+    is_vector = any(len(dims) < 2 for _, dims in terms)  # its product is no matrix product
+    if not is_vector and set(common) - set(out):
+        tracer.count(fixed, [axes[letter] for letter in common], output)
     return result
 
 
@@ -80,6 +83,8 @@ def linear(tracer: Tracer, x: Value, weight: Value, bias: Value | None) -> Value
         tracer.size("out_features", weight.axes[0])
     if bias is not None and bias.shape != (1,):
         tracer.equate(axes[-1], bias.axes[-1])
+        added = bias.axes[-1]
+        axes[-1] = axes[-1] and axes[-1].tainted(added.taint if added is not None else "")
     operands = [x, weight, *([bias] if bias is not None else [])]
     module = tracer.visit("dense", operands[1:], x.axes[-1], axes[-1])
     kind: NodeKind = "dense" if weight.constant else "join"
@@ -130,11 +135,24 @@ def einsum(tracer: Tracer, equation: str, operands: Sequence[Value], *_: Any) ->
         for value, side in zip(operands, sides, strict=True)
     )
     batch = "".join(free[:widest])
-    terms = []
+    terms: list[Term] = []
     for value, side in zip(operands, sides, strict=True):
         count = len(value.shape) - len(side.replace("...", ""))
         terms.append((value, side.replace("...", batch[len(batch) - count :])))
-    return _emit(tracer, terms, contract(tracer, terms, out.replace("...", batch)))
+    out = out.replace("...", batch)
+    while len(terms) > 2:  # PyTorch multiplies two at a time, from the left
+        rest = terms[2:]
+        terms = [_pair(tracer, terms[:2], {*out, *(c for _, dims in rest for c in dims)}), *rest]
+    return _emit(tracer, terms, contract(tracer, terms, out))
+
+
+def _pair(tracer: Tracer, terms: Sequence[Term], needed: set[str]) -> Term:
+    """The product of two tensors, summed over what nothing else needs."""
+    sizes = {c: n for value, dims in terms for c, n in zip(dims, value.shape, strict=True) if n > 1}
+    out = "".join(c for c in dict.fromkeys(terms[0][1] + terms[1][1]) if c in needed)
+    shape = tuple(sizes.get(c, 1) for c in out)
+    axes = contract(tracer, terms, out)
+    return tracer.emit("join", [value for value, _ in terms], axes, shape=shape), out
 
 
 @rule("scaled_dot_product_attention")
@@ -219,7 +237,7 @@ def _convolve(
             tracer.size("groups", inputs, per_in)
     if bias is not None and outputs is not None:
         tracer.equate(outputs, bias.axes[0])
-    outputs = outputs and Axis(outputs.slots, "", outputs.origins)
+        outputs = outputs.tainted(bias.axes[0].taint if bias.axes[0] is not None else "")
     tracer.size("in_channels", inputs)
     tracer.size("out_channels", outputs)
 
@@ -254,7 +272,7 @@ def _by_groups(
     weights = own.slots.reshape(groups, -1)
     table.equate(np.repeat(first, weights.shape[1]), weights.reshape(-1))
     slots = np.repeat(first, per_out) if transposed else own.slots
-    return Axis(slots, "", own.origins if not transposed else frozenset()), "depthwise"
+    return Axis(slots, own.taint, own.origins if not transposed else frozenset()), "depthwise"
 
 
 def _by_columns(
@@ -271,11 +289,12 @@ def _by_columns(
         read, made = Axis(columns, origins=own.origins), np.tile(shared.slots, groups)
     else:
         read, made = shared, own.slots
+    taint = shared.taint if transposed else own.taint
     if inputs is None:
         tracer.block(read, "a grouped convolution of channels that stay")
     else:
         first = table.tie_rows(inputs.slots.reshape(groups, -1))
         tracer.sum_over([Axis(first, inputs.taint)], [read])
-    outputs = Axis(made, "")
+    outputs = Axis(made, taint, shared.origins if transposed else own.origins)
     tracer.produce(outputs)
     return outputs, "dense"
