@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from dmcp.errors import ConfigError, TraceError
@@ -53,14 +55,41 @@ def trace(
         ConfigError: an option names no unit, or ties units of different sizes.
     """
     inputs, keywords = _arguments(example_inputs)
-    tracer = Tracer(model, _batch([*inputs, *keywords.values()]))
-    tracer.run(capture(model, inputs, keywords, training=False))
-    trained = _meets_more(model, tracer) and _trace_training(tracer, inputs, keywords)
-    if tied:
+    images = _batch([*inputs, *keywords.values()])
+    programs = [capture(model, inputs, keywords, training=False)]
+    tracer = _follow(model, programs, images, larger=True)
+    if _meets_more(model, tracer):
+        with suppress(TraceError):
+            programs.append(capture(model, inputs, keywords, training=True))
+            tracer = _follow(model, programs, images, larger=True)
+
+    def proven(tracer: Tracer) -> ChannelGraph:
         _tie(tracer, tied)
-    graph = Partition(tracer).graph()
-    graph = replace(graph, units=_chosen(graph.units, exclude, min_width))
-    return prove(graph, inputs, keywords, trained=trained)
+        graph = Partition(tracer).graph()
+        graph = replace(graph, units=_chosen(graph.units, exclude, min_width))
+        return prove(graph, inputs, keywords, trained=len(programs) > 1)
+
+    graph = proven(tracer)
+    if graph.proof is None or not (graph.proof.refuted and tracer.guessed):
+        return graph
+    # Perhaps the code keeps the part of a split dimension that was taken to shrink.
+    other = proven(_follow(model, programs, images, larger=False))
+    return max((graph, other), key=lambda graph: len(graph.searchable))
+
+
+def _follow(
+    model: nn.Module, programs: Sequence[ExportedProgram], images: int, *, larger: bool
+) -> Tracer:
+    """Run the rules over the evaluation pass, and over the training pass for what runs only there;
+    its layers cost nothing later."""
+    tracer = Tracer(model, images, larger)
+    tracer.run(programs[0])
+    flow, counted = tracer.nodes, tracer.counted
+    for program in programs[1:]:
+        tracer.nodes, tracer.counted = [], []
+        tracer.run(program)
+    tracer.nodes, tracer.counted = flow, counted
+    return tracer
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,20 +113,9 @@ def _meets_more(model: nn.Module, tracer: Tracer) -> bool:
     return any(id(parameter) not in met for parameter in model.parameters())
 
 
-def _trace_training(tracer: Tracer, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
-    """Follow the training pass too, for what runs only there; its layers cost nothing later."""
-    try:
-        program = capture(tracer.model, inputs, keywords, training=True)
-    except TraceError:
-        return False
-    flow, counted = list(tracer.nodes), list(tracer.counted)
-    tracer.nodes, tracer.counted = [], []
-    tracer.run(program)
-    tracer.nodes, tracer.counted = flow, counted
-    return True
-
-
 def _tie(tracer: Tracer, groups: Sequence[Sequence[str]]) -> None:
+    if not groups:
+        return
     units = {unit.name: unit for unit in Partition(tracer).units}
     for group in groups:
         unknown = [name for name in group if name not in units]

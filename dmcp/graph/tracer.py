@@ -109,6 +109,9 @@ class Tracer:
     Attributes:
         model: the network.
         images: size of the example batch; costs are per image.
+        larger: of the parts that a dimension is split into, the largest is taken to shrink, else
+            the smallest.
+        guessed: whether that mattered.
         table: the slots and what is declared about them.
         tensors: qualified name -> axes of every parameter and buffer that was met.
         visits, counted, sizes, nodes: see their types.
@@ -120,6 +123,8 @@ class Tracer:
 
     model: nn.Module
     images: int
+    larger: bool = True
+    guessed: bool = False
     table: SlotTable = field(default_factory=SlotTable)
     tensors: dict[str, Axes] = field(default_factory=dict)
     visits: dict[str, Visit] = field(default_factory=dict)

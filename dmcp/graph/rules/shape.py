@@ -68,7 +68,8 @@ def _split(
     """The one of several dimensions that holds the channels from now on.
 
     Where the labels differ along several of them, the code must keep all but one of these sizes:
-    the one it leaves open, else the largest, shrinks; channels at its places go together.
+    the one it leaves open, else the largest (`Tracer.larger`), shrinks; channels at its places go
+    together.
     """
     if len(targets) == 1:
         return targets[0], labels.reshape(-1).copy()
@@ -76,10 +77,12 @@ def _split(
         rows = np.moveaxis(labels, number, -1).reshape(-1, labels.shape[number])
         if (rows == rows[0]).all():
             return target, rows[0].copy()
-    sizes = [
-        (target == free, size, target) for target, size in zip(targets, labels.shape, strict=True)
-    ]
-    chosen = max(sizes)[2]
+    if free is not None and free in targets:
+        chosen = free
+    else:
+        sizes = sorted(zip(labels.shape, targets, strict=True))
+        chosen = sizes[-1 if tracer.larger else 0][1]
+        tracer.guessed = True
     rows = np.moveaxis(labels, targets.index(chosen), -1)
     return chosen, tracer.table.tie_rows(rows.reshape(-1, rows.shape[-1])).copy()
 
