@@ -93,6 +93,9 @@ _machine_options = _options(
     click.option("--checkpoint-every", type=int, default=100, help="Steps between checkpoints."),
     click.option("--log-every", type=int, default=10, help="Steps between records."),
 )
+_exclude_option = click.option(
+    "--exclude", multiple=True, help="Leave the units of these modules alone: 'head.*', say."
+)
 _output_options = _options(
     click.option("--quiet", is_flag=True, help="Print nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, nothing else."),
@@ -105,6 +108,7 @@ _output_options = _options(
 @click.option("--budget-params", help="Bound on its parameters as well.")
 @_grid_options
 @click.option("--min-width", type=int, default=1, help="Smallest width.")
+@_exclude_option
 @click.option("--search-epochs", type=int, help="[recipe]")
 @click.option("--retrain-epochs", type=int, help="[recipe]")
 @click.option(
@@ -147,6 +151,7 @@ def search(
         groups=_or(groups, recipe.groups),
         divisor=_or(divisor, recipe.divisor),
         min_width=options["min_width"],
+        exclude=list(options["exclude"]),
         retrain=options["retrain"],
         arch_data=options["arch_data"],
         baselines=options["baselines"],
@@ -220,6 +225,7 @@ def evaluate(
 @click.option("--batch", type=click.IntRange(min=1), default=2, help="Images to trace with.")
 @_grid_options
 @click.option("--min-width", type=int, help="Smallest width.")
+@_exclude_option
 @click.option(
     "--widths", type=_widths_type, help="widths.json of a search: show this structure's costs."
 )
@@ -245,11 +251,10 @@ def inspect(
     recipe = _recipe(options)
     model, example = _example(recipe, options)
     asked = bool(options["recipe"]) or (groups, divisor, min_width) != (None, None, None)
+    graph = trace(model, example, exclude=options["exclude"])
     if asked:
         grid = (_or(groups, recipe.groups), _or(divisor, recipe.divisor), _or(min_width, 1))
-        graph = MarkovNet(model, example, *grid).graph
-    else:
-        graph = trace(model, example)
+        graph = MarkovNet(model, None, *grid, graph=graph).graph
     structure = _read_widths(widths) if widths else None
     show_graph(graph, structure, groups=asked, as_json=as_json)
     if picture is not None:

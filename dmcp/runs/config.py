@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -81,6 +81,7 @@ class SearchConfig:
         search: options of the search.
         train: options of the retraining.
         groups, divisor, min_width: the width grid, see `dmcp.nn.width_choices`.
+        exclude: units that are left alone, see `dmcp.trace`.
         retrain: ``"scratch"``, fresh weights; ``"inherit"``, the searched weights; ``"distil"``,
             in-place distillation from the full network (the paper's starred rows).
         arch_data: what the architecture steps see: the ``"train"`` batch, as in the paper, or
@@ -97,6 +98,7 @@ class SearchConfig:
     groups: int = 10
     divisor: int = 8
     min_width: int = 1
+    exclude: Sequence[str] = ()
     retrain: Literal["scratch", "inherit", "distil"] = "scratch"
     arch_data: Literal["train", "holdout"] = "train"
     baselines: bool = True

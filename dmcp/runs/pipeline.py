@@ -117,7 +117,9 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
     data = _open(config.network)
     job = _Job(config.network, data, folder, machine)
     model = job.build()
-    net = MarkovNet(model, job.example(), config.groups, config.divisor, config.min_width)
+    graph = trace(model, job.example(), exclude=config.exclude)
+    grid = (config.groups, config.divisor, config.min_width)
+    net = MarkovNet(model, None, *grid, graph=graph)
     stage = Search(
         net,
         config.budget,

@@ -108,6 +108,17 @@ def layer_macs(model, image):
     return macs
 
 
+def test_excluded_units_are_left_alone(capsys):
+    command = "inspect --model mobilenet_v2 --width 0.25 --data digits --json --exclude '*_last'"
+    assert main(shlex.split(command)) == 0
+    units = {unit["name"]: unit for unit in json.loads(capsys.readouterr().out)["units"]}
+    assert not units["conv_last"]["searchable"]
+    assert "excluded by '*_last'" in units["conv_last"]["reason"]
+    assert sum(not unit["searchable"] for unit in units.values()) == 2
+    assert main(shlex.split(command.replace("_last", "_first"))) == 2
+    assert "no unit matches '*_first'" in capsys.readouterr().err
+
+
 def test_inspect_json(capsys):
     command = "inspect --model mobilenet_v2 --width 0.25 --data digits --divisor 8 --json"
     assert main(shlex.split(command)) == 0
