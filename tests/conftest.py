@@ -6,12 +6,14 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dmcp
 from dmcp.models import build
 
 torch.set_num_threads(1)
@@ -27,6 +29,18 @@ class Example:
     def to(self, dtype):
         inputs = tuple(x.to(dtype) for x in self.inputs)
         return Example(copy.deepcopy(self.model).to(dtype), inputs)
+
+
+@dataclass
+class Traced(Example):
+    """The same with its graph, whose model it is."""
+
+    graph: dmcp.ChannelGraph
+
+    def to(self, dtype):
+        copied = copy.deepcopy(self.graph)
+        copied.model.to(dtype)
+        return Traced(copied.model, tuple(x.to(dtype) for x in self.inputs), copied)
 
 
 class Head(nn.Sequential):
@@ -276,10 +290,29 @@ def make_example(name: str) -> Example:
     return Example(shake(SMALL[name]()), tuple(inputs))
 
 
+@cache
+def _trace_once(name: str) -> Traced:
+    case = make_example(name)
+    return Traced(case.model, case.inputs, dmcp.trace(case.model, case.inputs))
+
+
+def make_traced(name: str) -> Traced:
+    """A traced example network of one's own."""
+    case = _trace_once(name)
+    graph = copy.deepcopy(case.graph)
+    return Traced(graph.model, case.inputs, graph)
+
+
 @pytest.fixture
 def example() -> Callable[[str], Example]:
     """An example network by its name."""
     return make_example
+
+
+@pytest.fixture
+def traced() -> Callable[[str], Traced]:
+    """A traced example network by its name."""
+    return make_traced
 
 
 @pytest.fixture(params=list(SMALL))
@@ -298,6 +331,12 @@ def large(request) -> Example:
 def network(request) -> Example:
     """Every small network, MobileNetV2 and ResNet-18 in turn."""
     return make_example(request.param)
+
+
+@pytest.fixture(params=[*SMALL, "mobilenet_v2", "resnet18"])
+def traced_network(request) -> Traced:
+    """The same, traced."""
+    return make_traced(request.param)
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import dmcp
-from dmcp.cost import Cost
+from dmcp.cost import Cost, measured_macs
 from dmcp.nn import width_choices
 from dmcp.ops import CostTable, expected_cost
 
@@ -34,7 +35,7 @@ def enumerate_structures(q, choices):
 def chains(graph, groups=4, seed=0):
     """Grids of the searchable units and random retain probabilities."""
     choices = [
-        width_choices(unit.channels, groups, 1) if unit.searchable else unit.choices
+        width_choices(unit.channels, groups, unit.step) if unit.searchable else unit.choices
         for unit in graph.units
     ]
     generator = torch.Generator().manual_seed(seed)
@@ -49,11 +50,63 @@ def retain_by_definition(alpha, choices):
 
 @pytest.mark.parametrize("metric", ["macs", "params", "memory"])
 @pytest.mark.parametrize("name", SMALL_ENOUGH_TO_ENUMERATE)
-def test_mean_and_variance_are_those_of_all_structures(example, name, metric):
-    case = example(name)
-    graph = dmcp.trace(case.model, case.inputs)
-    cost = dmcp.cost(graph, metric)
-    choices, alpha = chains(graph)
+def test_mean_and_variance_are_those_of_all_structures(traced, name, metric):
+    assert_mean_and_variance_are_exact(dmcp.cost(traced(name).graph, metric))
+
+
+class Tied(nn.Sequential):
+    """Grouped convolutions, a shuffle and a group norm: steps of 2, 4 and 6 channels."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 12, 3, groups=2),
+            nn.ChannelShuffle(2),
+            nn.GroupNorm(3, 12),
+            nn.Conv2d(12, 8, 1, groups=4),
+            nn.ReLU(),
+            nn.Conv2d(8, 3, 1),
+        )
+
+
+@pytest.fixture(scope="module")
+def tied():
+    graph = dmcp.trace(Tied(), torch.zeros(2, 3, 8, 8))
+    assert {unit.step for unit in graph.searchable} >= {2, 4}
+    return graph
+
+
+@pytest.mark.parametrize("metric", ["macs", "params", "memory"])
+def test_mean_and_variance_with_steps_are_those_of_all_structures(tied, metric):
+    assert_mean_and_variance_are_exact(dmcp.cost(tied, metric))
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_costs_with_steps_are_those_of_the_extracted_network(tied, metric, random_widths):
+    images = torch.zeros(2, 3, 8, 8)
+    for seed in range(4):
+        widths = random_widths(tied, seed)
+        small = dmcp.extract(tied, widths)
+        measured = {
+            "macs": measured_macs(small, images),
+            "params": sum(parameter.numel() for parameter in small.parameters()),
+        }
+        assert dmcp.cost(tied, metric).of(widths) == measured[metric]
+
+
+def test_coefficients_with_steps_are_the_polynomial(tied, random_widths):
+    cost = dmcp.cost(tied)
+    matrix = cost.coefficients()
+    for seed in range(3):
+        widths = random_widths(tied, seed)
+        c = torch.tensor([1.0, *widths.values()], dtype=torch.float64)
+        torch.testing.assert_close(
+            c @ matrix.triu() @ c, torch.tensor(float(cost.of(widths))).double(), rtol=1e-14, atol=0
+        )
+
+
+def assert_mean_and_variance_are_exact(cost):
+    choices, alpha = chains(cost)
     q = retain_by_definition(alpha, choices)
     widths, probability = enumerate_structures(q, choices)
     costs = cost.of_many(widths).double()
@@ -75,9 +128,8 @@ def test_mean_and_variance_are_those_of_all_structures(example, name, metric):
             )
 
 
-def test_the_gradient_equals_finite_differences(example):
-    case = example("Depthwise")
-    graph = dmcp.trace(case.model, case.inputs)
+def test_the_gradient_equals_finite_differences(traced):
+    graph = traced("Depthwise").graph
     cost = dmcp.cost(graph)
     choices, alpha = chains(graph)
     table = CostTable.of(choices, [cost.coefficients()])
@@ -92,9 +144,8 @@ def test_the_gradient_equals_finite_differences(example):
     assert torch.autograd.gradcheck(deviation, alpha)
 
 
-def test_a_unit_at_both_ends_enters_by_its_second_moment(example):
-    case = example("BothEnds")
-    graph = dmcp.trace(case.model, case.inputs)
+def test_a_unit_at_both_ends_enters_by_its_second_moment(traced):
+    graph = traced("BothEnds").graph
     cost = dmcp.cost(graph)
     assert cost.quadratic[0, 0] == 9 * 8 * 8
     moments = torch.tensor([[4.0, 20.0], [5.0, 25.0]], dtype=torch.float64)
@@ -102,9 +153,8 @@ def test_a_unit_at_both_ends_enters_by_its_second_moment(example):
     assert cost.mean(moments) - cost.mean(squared) == 9 * 8 * 8 * (20 - 16)
 
 
-def test_coefficients_are_the_polynomial(example, random_widths):
-    case = example("BothEnds")
-    graph = dmcp.trace(case.model, case.inputs)
+def test_coefficients_are_the_polynomial(traced, random_widths):
+    graph = traced("BothEnds").graph
     cost = dmcp.cost(graph, "params")
     matrix = cost.coefficients()
     assert torch.equal(matrix, matrix.T)
@@ -114,9 +164,8 @@ def test_coefficients_are_the_polynomial(example, random_widths):
         assert c @ matrix.triu() @ c == cost.of(widths)
 
 
-def test_certain_chains_have_the_cost_of_one_structure(example):
-    case = example("Residual")
-    graph = dmcp.trace(case.model, case.inputs)
+def test_certain_chains_have_the_cost_of_one_structure(traced):
+    graph = traced("Residual").graph
     cost = dmcp.cost(graph)
     choices, alpha = chains(graph)
     table = CostTable.of(choices, [cost.coefficients()])

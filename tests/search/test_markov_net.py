@@ -1,14 +1,32 @@
 import copy
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from handmade import ZOO
+from oracle import difference, outputs, randomise, zeroed
 from torch import nn
 
 import dmcp
 from dmcp.errors import ConfigError, TraceError
 from dmcp.nn import MarkovBatchNorm2d
 from dmcp.search import MarkovNet
+
+_NETS = {}
+
+
+@pytest.fixture
+def net(network, request):
+    """A net of one's own for every example network, in training mode."""
+    name = request.node.callspec.params["network"]
+    if name not in _NETS:
+        _NETS[name] = MarkovNet(network.model, network.inputs, groups=4, divisor=1)
+    return copy.deepcopy(_NETS[name])
+
+
+def doubled(inputs):
+    return tuple(x.double() for x in inputs)
 
 
 def fill_alpha(net, value):
@@ -22,6 +40,14 @@ def random_alpha(net, seed=0):
     with torch.no_grad():
         for alpha in net.architecture_parameters():
             alpha.normal_(1.0, 1.0, generator=generator)
+
+
+def retain_surely(net, widths):
+    """Chains that are certain of these widths."""
+    with torch.no_grad():
+        for unit in net.graph.searchable:
+            retained = torch.tensor(unit.choices[1:]) <= widths[unit.name]
+            net.chain(unit.name).alpha.copy_(torch.where(retained, 80.0, -80.0))
 
 
 def passes(model, inputs, tensors):
@@ -38,12 +64,11 @@ def gradients(parameters):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.usefixtures("reference_ops")
 def test_unmasked_and_surely_retained_nets_are_the_users_model_bit_for_bit(
-    network, tensors, memory_format
+    network, net, tensors, memory_format
 ):
-    plain = copy.deepcopy(network.model).to(memory_format=memory_format)
-    model = network.model.to(memory_format=memory_format)
+    model = net.to(memory_format=memory_format).graph.model
+    plain = copy.deepcopy(model)
     inputs = tuple(x.to(memory_format=memory_format) for x in network.inputs)
-    net = MarkovNet(model, inputs, groups=4, divisor=1)
     fill_alpha(net, 80)
     assert (net.retain() == 1).all()
     expected = passes(plain, inputs, tensors)
@@ -67,17 +92,17 @@ def test_unmasked_and_surely_retained_nets_are_the_users_model_bit_for_bit(
     assert all(alpha.grad is not None for alpha in net.architecture_parameters())
 
 
-def test_an_unmasked_net_is_the_users_model_to_rounding(network, tensors):
+def test_an_unmasked_net_is_the_users_model_to_rounding(network, net, tensors):
     """With the kernels of this machine; the last bits are PyTorch's with the reference ops only."""
-    case = network.to(torch.float64)
-    plain = copy.deepcopy(case.model)
-    net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
-    expected, actual = (passes(model, case.inputs, tensors) for model in (plain, net))
+    model = net.double().graph.model
+    plain = copy.deepcopy(model)
+    inputs = doubled(network.inputs)
+    expected, actual = (passes(either, inputs, tensors) for either in (plain, net))
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
-    for got, wanted in zip(case.model.parameters(), plain.parameters(), strict=True):
+    for got, wanted in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-9)
-    for got, wanted in zip(case.model.buffers(), plain.buffers(), strict=True):
+    for got, wanted in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
@@ -114,65 +139,57 @@ def test_an_activation_with_a_hook_stays_a_module(example):
     assert len(seen) == 1
 
 
-def test_a_sub_network_equals_the_extracted_network(network, random_widths, tensors):
-    case = network.to(torch.float64)
-    net = MarkovNet(case.model.eval(), case.inputs, groups=4, divisor=1).eval()
+def test_a_sub_network_equals_the_extracted_network(network, net, random_widths, tensors):
+    net.double().eval().graph.model.eval()
+    inputs = doubled(network.inputs)
     for seed in range(3):
         widths = random_widths(net.graph, seed)
         small = dmcp.extract(net.graph, widths)
         with net.at(widths):
-            actual = tensors(net(*case.inputs))
-        for got, wanted in zip(actual, tensors(small(*case.inputs)), strict=True):
+            actual = tensors(net(*inputs))
+        for got, wanted in zip(actual, tensors(small(*inputs)), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_sub_network_in_training_equals_the_extracted_network(network, random_widths, tensors):
+def test_a_sub_network_in_training_equals_the_extracted_network(
+    network, net, random_widths, tensors
+):
     """Batch statistics and gradients too; running statistics stay."""
-    case = network.to(torch.float64)
-    net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
+    model, inputs = net.double().graph.model, doubled(network.inputs)
     widths = random_widths(net.graph)
     small = dmcp.extract(net.graph, widths)
-    before = {name: buffer.clone() for name, buffer in case.model.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with net.at(widths):
-        actual = passes(net, case.inputs, tensors)
-    expected = passes(small, case.inputs, tensors)
+        actual = passes(net, inputs, tensors)
+    expected = passes(small, inputs, tensors)
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
-    norms = [sum(p.grad.square().sum() for p in m.parameters()) for m in (case.model, small)]
+    norms = [sum(p.grad.square().sum() for p in m.parameters()) for m in (model, small)]
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-9, atol=0)
-    for name, buffer in case.model.named_buffers():
+    for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name])
 
 
-def test_certain_masks_equal_the_extracted_network(network, random_widths, tensors):
-    case = network.to(torch.float64)
-    net = MarkovNet(case.model.eval(), case.inputs, groups=4, divisor=1).eval().double()
+def test_certain_masks_equal_the_extracted_network(network, net, random_widths, tensors):
+    net.double().eval().graph.model.eval()
+    inputs = doubled(network.inputs)
     for seed in range(3):
         widths = random_widths(net.graph, seed)
-        with torch.no_grad():
-            for unit in net.graph.searchable:
-                if len(unit.choices) > 1:
-                    retained = torch.tensor(unit.choices[1:]) <= widths[unit.name]
-                    net.chain(unit.name).alpha.copy_(torch.where(retained, 80.0, -80.0))
+        retain_surely(net, widths)
         with net.masked():
-            actual = tensors(net(*case.inputs))
-        expected = tensors(dmcp.extract(net.graph, widths)(*case.inputs))
+            actual = tensors(net(*inputs))
+        expected = tensors(dmcp.extract(net.graph, widths)(*inputs))
         for got, wanted in zip(actual, expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_masked_training_pass_leaves_the_running_statistics(network):
-    net = MarkovNet(network.model, network.inputs, groups=4, divisor=1)
+def test_a_masked_training_pass_leaves_the_running_statistics(network, net):
     random_alpha(net)
-    before = {name: buffer.clone() for name, buffer in network.model.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in net.graph.model.named_buffers()}
     with net.masked():
         net(*network.inputs)
-    unsearched = {
-        member.module for unit in net.graph.units if not unit.searchable for member in unit.members
-    }
-    for name, buffer in network.model.named_buffers():
-        if name.rpartition(".")[0] not in unsearched:
-            assert torch.equal(buffer, before[name]), name
+    for name, buffer in net.graph.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def batch_norm(norm, x):
@@ -364,20 +381,12 @@ def test_contexts_restore_the_net(example):
     assert torch.equal(net(*case.inputs), whole)
 
 
-class Clipped(nn.BatchNorm2d):
-    def forward(self, x):
-        return F.relu6(super().forward(x))
-
-
 def test_networks_that_cannot_follow_chains_are_refused():
     images = torch.zeros(2, 3, 8, 8)
     with pytest.raises(TraceError, match="no unit whose width could be searched"):
         MarkovNet(nn.Sequential(nn.Conv2d(3, 8, 1)), images)
     with pytest.raises(TraceError, match="no unit whose width could be searched"):
         MarkovNet(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), images, divisor=8)
-    own = nn.Sequential(nn.Conv2d(3, 32, 1), Clipped(32), nn.Conv2d(32, 2, 1))
-    with pytest.raises(TraceError, match=r"1 \(Clipped\).*forward of its own"):
-        MarkovNet(own, images)
 
 
 def test_an_unknown_unit_has_no_chain(example):
@@ -385,3 +394,203 @@ def test_an_unknown_unit_has_no_chain(example):
     net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
     with pytest.raises(KeyError):
         net.chain("head.2")
+
+
+# Modules that are not replaced
+
+OTHERS = [
+    "BufferScale",
+    "ConvNeXt",
+    "GatedLinearUnit",
+    "GroupNorm",
+    "Grouped",
+    "InstanceNorm",
+    "NormWithoutAffine",
+    "PReLUs",
+    "PositionalEmbedding",
+    "RawConvolution",
+    "ShuffleNetUnit",
+    "SqueezeExciteConv",
+    "ThreeDimensions",
+    "TiedParameter",
+    "Transposed",
+    "TransposedDepthwise",
+    "TransposedGrouped",
+    "VisionTransformer",
+    "WeightStandardised",
+]
+
+
+@cache
+def _net_once(name):
+    network = ZOO[name]()
+    randomise(network.model, seed=0).double()
+    inputs = tuple(x.double() for x in network.inputs)
+    return MarkovNet(network.model, inputs, groups=4, divisor=1).double(), inputs
+
+
+@pytest.fixture(params=OTHERS)
+def other(request):
+    """A net of one's own, and its inputs."""
+    net, inputs = _net_once(request.param)
+    return copy.deepcopy(net), inputs
+
+
+def run(model, inputs):
+    torch.manual_seed(0)  # for what is dropped at random
+    return flat(model(*[x.clone() for x in inputs]))
+
+
+def flat(values):
+    return [x for x in torch.utils._pytree.tree_leaves(values) if torch.is_tensor(x)]
+
+
+@torch.no_grad()
+def test_masks_of_zeros_and_ones_are_the_sub_network_and_the_extracted_one(other, random_widths):
+    net, inputs = other
+    net.eval()
+    net.graph.model.eval()
+    assert net.graph.searchable
+    for seed in range(2):
+        widths = random_widths(net.graph, seed)
+        expected = run(dmcp.extract(net.graph, widths), inputs)
+        with net.at(widths):
+            assert difference(run(net, inputs), expected) < 1e-11
+        retain_surely(net, widths)
+        with net.masked():
+            assert difference(run(net, inputs), expected) < 1e-11
+        dropped = {u.name: range(widths[u.name], u.channels) for u in net.graph.searchable}
+        assert difference(outputs(zeroed(net.graph, dropped), inputs), expected) < 1e-11
+
+
+@torch.no_grad()
+def test_running_statistics_are_those_of_the_whole_network(other, random_widths):
+    net, inputs = other
+    net.train()
+    widths = random_widths(net.graph)
+    small = dmcp.extract(net.graph, widths)
+    before = copy.deepcopy(dict(net.graph.model.named_buffers()))
+    with net.at(widths):
+        narrow = run(net, inputs)
+    random_alpha(net)
+    with net.masked():
+        run(net, inputs)
+    for name, buffer in net.graph.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert difference(narrow, run(small, inputs)) < 1e-10
+
+
+@pytest.mark.usefixtures("reference_ops")
+def test_an_unmasked_net_is_the_users_model_bit_for_bit(other):
+    net, inputs = other
+    plain = copy.deepcopy(net.graph.model)
+    for training in (True, False):
+        net.train(training)
+        plain.train(training)
+        for got, wanted in zip(run(net, inputs), run(plain, inputs), strict=True):
+            assert torch.equal(got, wanted)
+    sum(x.sin().sum() for x in run(net, inputs)).backward()
+    sum(x.sin().sum() for x in run(plain, inputs)).backward()
+    for got, wanted in zip(net.graph.model.parameters(), plain.parameters(), strict=True):
+        assert (got.grad is None) is (wanted.grad is None)
+        assert wanted.grad is None or torch.equal(got.grad, wanted.grad)
+    buffers = zip(net.graph.model.named_buffers(), plain.buffers(), strict=True)
+    assert all(torch.equal(got, wanted) for (_, got), wanted in buffers)
+
+
+@pytest.mark.usefixtures("reference_ops")
+def test_masks_of_ones_change_nothing(other):
+    net, inputs = other
+    net.eval()
+    whole = run(net, inputs)
+    fill_alpha(net, 80)
+    with net.masked():
+        masked = run(net, inputs)
+        assert difference([x.detach() for x in masked], [x.detach() for x in whole]) < 1e-12
+        sum(x.sin().sum() for x in masked).backward()
+    assert all(alpha.grad.isfinite().all() for alpha in net.architecture_parameters())
+
+
+def test_every_chain_has_a_gradient(other):
+    """No unit that is searchable is without a mask: scaling its channels changes the outputs."""
+    net, inputs = other
+    random_alpha(net)
+    net.train()
+    with net.masked():
+        sum(x.sin().sum() for x in run(net, inputs)).backward()
+    for unit in net.graph.searchable:
+        assert net.chain(unit.name).alpha.grad.abs().sum() > 0, unit.name
+
+
+def test_a_unit_that_nothing_can_scale_is_not_searchable():
+    net, _ = _net_once("WeightNorm")
+    found = {unit.name: unit for unit in net.graph.units}
+    (unit,) = [unit for name, unit in found.items() if "conv." in name]
+    assert not unit.searchable
+    assert unit.reason == "no module or parameter could scale its channels"
+    assert unit.choices == (16,)
+    with pytest.raises(ConfigError, match="could scale its channels"), net.at({unit.name: 8}):
+        pass
+
+
+def test_a_class_with_a_forward_of_its_own_is_followed():
+    class Clipped(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.relu6(super().forward(x))
+
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), Clipped(32), nn.Conv2d(32, 2, 1)).double()
+    net = MarkovNet(randomise(model, seed=0).eval(), images).eval()
+    assert type(net.model[1]) is Clipped
+    with torch.no_grad():
+        with net.at({"0": 8}):
+            assert net.model[1].num_features == 8
+            narrow = net(images)
+        assert net.model[1].num_features == 32
+        assert difference([narrow], [dmcp.extract(net.graph, {"0": 8})(images)]) < 1e-12
+
+
+def test_widths_lie_on_the_grid_of_their_steps():
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 1), nn.Conv2d(24, 48, 3, groups=3), nn.BatchNorm2d(48), nn.Conv2d(48, 4, 1)
+    )
+    images = torch.zeros(2, 3, 8, 8)
+    found = {u.name: u for u in MarkovNet(model, images, groups=4, divisor=8).graph.units}
+    assert found["0"].step == found["1"].step == 3
+    assert found["1"].choices == (24, 48)
+    assert found["0"].choices[-1] == 24
+    assert all(width % 3 == 0 for unit in (found["0"], found["1"]) for width in unit.choices)
+    fine = {u.name: u for u in MarkovNet(model, images, groups=4, divisor=1).graph.units}
+    assert all(width % 3 == 0 for width in fine["1"].choices)
+    assert len(fine["1"].choices) >= 4
+
+
+def test_a_grid_without_a_narrower_width_is_a_reason():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 32, 1), nn.ReLU(), nn.Conv2d(32, 2, 1)
+    )
+    net = MarkovNet(model, torch.zeros(2, 3, 8, 8), divisor=8)
+    first, second, _ = net.graph.units
+    assert (first.searchable, first.choices) == (False, (8,))
+    assert first.reason == "no narrower width lies on its grid"
+    assert second.searchable
+
+
+def test_keyword_inputs_are_passed_on():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            self.offset = nn.Parameter(torch.rand(1, 8, 1, 1))
+
+        def forward(self, images, *, gain):
+            return self.last(self.first(images) * gain + self.offset)
+
+    inputs = {"images": torch.randn(2, 3, 8, 8), "gain": torch.tensor(3.0)}
+    net = MarkovNet(Scaled(), inputs, groups=4, divisor=1)
+    with torch.no_grad():
+        assert torch.equal(net(**inputs), net.graph.model(**inputs))
+        with net.at({"first": 4}):
+            narrow = net(**inputs)
+        expected = dmcp.extract(net.graph, {"first": 4})(**inputs)
+    torch.testing.assert_close(narrow, expected)

@@ -184,7 +184,7 @@ def conv(b: Builder, x: int, _y: int, v: int, s: int) -> int:
 
 @operator(weight=3)
 def conv_norm(b: Builder, x: int, y: int, v: int, s: int) -> int:
-    x = conv(b, x, y, v % 4, s)  # type: ignore[assignment]
+    x = conv(b, x, y, v % 4, s)
     x = b.call(nn.BatchNorm2d(b.channels(x)), x)
     return b.run(_ACTIVATIONS[v % 2], on=[x])
 
@@ -267,6 +267,27 @@ def linear(b: Builder, x: int, _y: int, v: int, s: int) -> int:
         ),
     ]
     return b.run(ways[v // 2 % len(ways)], layer, on=[x])
+
+
+@operator()
+def along_positions(b: Builder, x: int, _y: int, v: int, s: int) -> int:
+    """Layers that mix positions and treat channels alike."""
+    side, bias = b.side(x), v % 2 > 0
+    if v // 2 % 4 == 0:
+        layer = b.layer(nn.Linear(side, side, bias=bias))
+        return b.run(_called, layer, on=[x])
+    if v // 2 % 4 == 1:
+        layer = b.layer(nn.Linear(side**2, side**2, bias=bias))
+        return b.run(lambda f, m: m + f(m.flatten(2)).view(m.shape), layer, on=[x])
+    if v // 2 % 4 == 2:
+        layer = b.layer(nn.LayerNorm(side, bias=bias))
+        return b.run(_called, layer, on=[x])
+    layer = b.layer(nn.Conv1d(side**2, side**2, 1, bias=bias))
+    return b.run(
+        lambda f, m: m + f(m.flatten(2).transpose(1, 2)).transpose(1, 2).view(m.shape),
+        layer,
+        on=[x],
+    )
 
 
 @operator(weight=2)
@@ -451,8 +472,8 @@ def in_place(b: Builder, x: int, y: int, v: int, s: int) -> int:
 @operator()
 def on_the_map_itself(b: Builder, x: int, _y: int, v: int, _s: int) -> int:
     """In place, where earlier readers' and later readers' maps are the same memory."""
-    if x == 0:
-        return x
+    if x == 0 or any(name.startswith("parts") for name in b.names):
+        return x  # PyTorch refuses to write on one of several views
     ways: list[Callable[[Tensor], Tensor]] = [
         lambda m: m.add_(1),
         lambda m: m.mul_(2),
@@ -648,7 +669,7 @@ def picked(b: Builder, x: int, _y: int, v: int, s: int) -> int:
         lambda m: m[:, order],
         lambda m: m[:, [k, 0, k]],
         lambda m: m.index_select(1, torch.tensor([0, k])),
-        lambda m: m[:, 1:-1] if m.shape[1] > 3 else m,
+        lambda m: m[:, 1:-1],
         lambda m: m * m[:, k].unsqueeze(1),
     ]
     return b.run(ways[v % len(ways)], on=[x])
@@ -765,9 +786,7 @@ def hard_coded(b: Builder, x: int, _y: int, v: int, s: int) -> int:
     ways: list[Callable[[Tensor], Tensor]] = [
         lambda m: m.reshape(n, c, h, w),
         lambda m: m.view(n, g, c // g, h, w).transpose(1, 2).reshape(n, c, h, w),
-        lambda m: (
-            m.view(len(m), g, m.shape[1] // g, *m.shape[2:]).transpose(1, 2).reshape(m.shape)
-        ),
+        lambda m: m.view(len(m), g, m.shape[1] // g, *m.shape[2:]).transpose(1, 2).reshape(m.shape),
         lambda m: m.reshape(len(m), m.shape[1] // g, g, *m.shape[2:]).mean(2),
         lambda m: m * m.sum(1, keepdim=True).expand(n, c, h, w),
         lambda m: m / c,
@@ -840,7 +859,7 @@ def tied(b: Builder, x: int, y: int, v: int, _s: int) -> int:
     fitting = [n for n in b.convs if getattr(b.net, n).in_channels == c]
     first = getattr(b.net, fitting[v % len(fitting)]) if fitting else None
     if first is None:
-        return conv(b, x, y, v, 0)  # type: ignore[return-value]
+        return conv(b, x, y, v, 0)
     layer = nn.Conv2d(c, first.out_channels, first.kernel_size, padding=first.padding)
     layer.weight = first.weight
     return b.call(layer, x)
@@ -881,7 +900,7 @@ def build(program: Program) -> tuple[Interpreted, list[str]]:
         torch.manual_seed(0)
         b = Builder()
         # Read the image through a convolution, else most maps would have its few channels.
-        b.offer(conv(b, 0, 0, 1, 0))  # type: ignore[arg-type]
+        b.offer(conv(b, 0, 0, 1, 0))
         for number, x, y, v, s in steps:
             function = OPERATORS[number % len(OPERATORS)]
             made = function(b, b.back(x), b.back(y), v, s)
@@ -929,8 +948,7 @@ def examine(program: Program) -> Finding:
     try:
         graph = dmcp.trace(net, network.inputs)
     except Exception as error:
-        how = "" if _trains(net, network.inputs) else " (it has no gradients)"
-        finding.wrong.append(f"trace raises {type(error).__name__}{how}: {_innermost(error)}")
+        finding.wrong.append(f"trace raises {type(error).__name__}: {_innermost(error)}")
         return finding
     finding.seconds = time.perf_counter() - started
     finding.refuted = dict(graph.proof.refuted)
@@ -942,18 +960,10 @@ def examine(program: Program) -> Finding:
             finding.wrong += _compare(graph, structure, network, whole, number)
         except Exception as error:
             finding.wrong.append(f"comparing raises {type(error).__name__}: {_innermost(error)}")
-    if finding.refuted and not _claims_too_much(graph, network):
+    noise = all(bool((output.abs() < 1e-9).all()) for output in whole)
+    if finding.refuted and not noise and not _claims_too_much(graph, network):
         finding.wrong.append(f"refuted without need: {finding.refuted}")
     return finding
-
-
-def _trains(net: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether there are gradients: what is written over may have been needed for them."""
-    try:
-        _pulled(net, inputs, 0)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _innermost(error: Exception) -> str:
@@ -973,16 +983,19 @@ def _compare(
     if [x.shape for x in found] != [x.shape for x in whole]:
         yield f"shapes: {[*structure.widths.items()]}"
         return
-    error = difference(found, wanted)
+    error = _apart(found, wanted)
     if not error < TOLERANCE:
         yield f"outputs: differ by {error:.1e} at {structure.kept}"
-    error = difference(_pulled(small, inputs, number), _pulled(big, inputs, number))
+    # Where the network writes over what its gradients need, there are none.
+    pulled = _pulled(big, inputs, number)
+    error = 0.0 if pulled is None else _apart(_pulled(small, inputs, number) or [], pulled)
     if not error < TOLERANCE:
         yield f"gradients: of the input differ by {error:.1e} at {structure.kept}"
     widths = graph.widths() | structure.widths
     counted = dmcp.cost(graph, "macs").of(widths), macs(small, inputs)
     # Along a letter of size one torch.einsum has nothing to sum, and multiplies as it is.
-    tiny = 1 in structure.widths.values() and any("einsum" in n.operator for n in graph.nodes)
+    least = any(structure.widths.get(unit.name) == unit.step for unit in graph.units)
+    tiny = least and any("einsum" in node.operator for node in graph.nodes)
     if counted[0] != counted[1] and not tiny:
         yield f"macs: {counted[0]} instead of {counted[1]} at {structure.widths}"
     counted = dmcp.cost(graph, "params").of(widths), sum(p.numel() for p in small.parameters())
@@ -990,13 +1003,23 @@ def _compare(
         yield f"params: {counted[0]} instead of {counted[1]} at {structure.widths}"
 
 
-def _pulled(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """The gradients of the inputs for random ones of the outputs."""
+def _apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The difference relative to the largest number, unless all of them are but rounding."""
+    floor = torch.full((1,), 1e-6, dtype=torch.double)
+    pairs = ([torch.cat([x.flatten(), floor]) for x in side] for side in (found, wanted))
+    return difference(*pairs)
+
+
+def _pulled(model: nn.Module, inputs: Sequence[Tensor], seed: int) -> list[Tensor] | None:
+    """The gradients of the inputs for random ones of the outputs, None where there are none."""
     generator = torch.Generator().manual_seed(seed)
     copies = [x.double().clone().requires_grad_() for x in inputs]
     ends = [y for y in model.double().eval()(*[x * 1 for x in copies]) if y.requires_grad]
     directions = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in ends]
-    found = torch.autograd.grad(ends, copies, directions, allow_unused=True)
+    try:
+        found = torch.autograd.grad(ends, copies, directions, allow_unused=True)
+    except RuntimeError:
+        return None
     return [torch.zeros_like(x) if g is None else g for x, g in zip(copies, found, strict=True)]
 
 
@@ -1039,7 +1062,7 @@ def drawn(source: random.Random, operators: int = 10) -> Program:
         # Mostly the newest map: chains are deeper than bushes.
         x = source.choice((0, 0, 0, 1, 2, 3, 4))
         rest = [source.randint(0, LARGEST) for _ in range(3)]
-        return (source.randrange(len(OPERATORS)), x, *rest)  # type: ignore[return-value]
+        return (source.randrange(len(OPERATORS)), x, *rest)
 
     steps = [step() for _ in range(source.randint(3, operators))]
     # The first heads more often: they read all channels and keep none.
