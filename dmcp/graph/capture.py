@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,9 @@ def capture(
             message holds the line of code.
     """
     try:
-        with in_mode(model, training=training):
+        with in_mode(model, training=training), warnings.catch_warnings():
+            # Recurrent layers hold their parameters in a list too.
+            warnings.filterwarnings("ignore", message="The tensor attributes")
             return torch.export.export(model, inputs, dict(keywords), strict=False)
     except Exception as error:
         raise TraceError(

@@ -23,23 +23,21 @@ Steps = dict[int, Tensor]
 """Unit number -> BoolTensor of the steps that stay."""
 
 
-def prove(
-    graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any], *, trained: bool
-) -> ChannelGraph:
+def prove(graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> ChannelGraph:
     """The graph with its proof; units that cannot be shrunk without changing what the rest
-    computes are unsearchable in it.
+    computes are unsearchable in it. Nothing else changes, the random numbers included."""
+    with torch.random.fork_rng(devices=[]):
+        return _prove(graph, inputs, keywords)
 
-    Args:
-        trained: whether the network has parts that run in training only; it is run in training
-            mode too then.
-    """
+
+def _prove(graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> ChannelGraph:
     started = time.perf_counter()
-    check = _Check(graph, inputs, keywords, torch.float32, trained=trained)
+    check = _Check(graph, inputs, keywords, torch.float32)
     refuted: dict[int, str] = {}
     count, worst = check.all(_free(graph, refuted))
     while worst is None:
         # Single precision only says that there may be a difference.
-        check = _Check(graph, inputs, keywords, torch.float64, trained=trained)
+        check = _Check(graph, inputs, keywords, torch.float64)
         refuted.update(check.blame(_free(graph, refuted)))
         count, worst = check.all(_free(graph, refuted))
     reasons = {graph.units[number].name: reason for number, reason in refuted.items()}
@@ -92,11 +90,8 @@ class _Check:
         inputs: Sequence[Any],
         keywords: Mapping[str, Any],
         dtype: torch.dtype,
-        *,
-        trained: bool,
     ) -> None:
         self.dtype = dtype
-        self.trained = trained
         self.random = torch.Generator().manual_seed(0)
         self.inputs, self.keywords = tree_map_only(
             Tensor, self._input, (tuple(inputs), dict(keywords))
@@ -108,6 +103,9 @@ class _Check:
             outputs = self._run(random)
         finite = all(bool(output.isfinite().all()) for output in outputs)
         self.graph = replace(graph, model=random if finite else plain)
+        # The example may not suit training: one value per channel is no statistic, say.
+        self.trains = True
+        self.trains = not self._failure_in_training(copy.deepcopy(plain))
 
     def _input(self, example: Tensor) -> Tensor:
         if not example.is_floating_point():
@@ -167,25 +165,30 @@ class _Check:
             try:
                 small = extract_steps(self.graph, steps)
                 found = self._run(small)
-                if self.trained:
-                    self._run_in_training(extract_steps(self.graph, steps))
             except Exception as error:  # whatever the model's own code raises
-                return _Error(failure=next(iter(str(error).splitlines()), repr(error)))
+                return _Error(failure=_first_line(error))
         if [output.shape for output in found] != [output.shape for output in expected]:
             return _Error(failure="the shapes of its outputs change")
-        forward = _difference(found, expected)
-        if not (gradients and forward <= TOLERANCES[self.dtype][0]):
-            return _Error(forward)
-        return _Error(forward, self._gradients(small, found, zeroed, expected, steps))
+        forward, gradient = _difference(found, expected), 0.0
+        if gradients and forward <= TOLERANCES[self.dtype][0]:
+            gradient = self._gradients(small, found, zeroed, expected, steps)
+        return _Error(forward, gradient, self._failure_in_training(small))
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         inputs, keywords = tree_map_only(Tensor, torch.clone, (self.inputs, self.keywords))
         outputs = model(*inputs, **keywords)
         return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
-    def _run_in_training(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            self._run(model.train())
+    def _failure_in_training(self, model: nn.Module) -> str:
+        """What its training pass raises, which may run other code; it changes its buffers."""
+        if not self.trains:
+            return ""
+        try:
+            with torch.no_grad():
+                self._run(model.train())
+        except Exception as error:  # whatever the model's own code raises
+            return f"in training, {_first_line(error)}"
+        return ""
 
     def _gradients(
         self,
@@ -249,6 +252,10 @@ class _Check:
 
     def _error(self, steps: Steps, units: Sequence[int]) -> _Error:
         return self.compare({unit: steps[unit] for unit in units}) if units else _Error()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _zeroed(graph: ChannelGraph, steps: Steps) -> nn.Module:

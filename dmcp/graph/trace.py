@@ -67,7 +67,7 @@ def trace(
         _tie(tracer, tied)
         graph = Partition(tracer).graph()
         graph = replace(graph, units=_chosen(graph.units, exclude, min_width))
-        return prove(graph, inputs, keywords, trained=len(programs) > 1)
+        return prove(graph, inputs, keywords)
 
     graph = proven(tracer)
     if graph.proof is None or not (graph.proof.refuted and tracer.guessed):

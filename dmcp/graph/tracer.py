@@ -195,16 +195,19 @@ class Tracer:
         self.table.produce(axis.slots, name)
         self.produced.update(axis.origins)
 
-    def sum_over(self, read: Sequence[Axis | None], weights: Sequence[Axis | None] = ()) -> None:
+    def sum_over(
+        self, read: Sequence[Axis | None], weights: Sequence[Axis | None] = ()
+    ) -> Axis | None:
         """The product of activations and weights with these axes, of one length, is summed over
-        them: dropping a channel equals zeroing it if any of the activations is zero then."""
+        them: dropping a channel equals zeroing it if any of the activations is zero then. Returns
+        the axis, None if it never shrinks."""
         for axis in weights:
             self.consumed.update(axis.origins if axis is not None else ())
         axis = self.meet([*read, *weights])
-        if axis is None or any(a is not None and not a.taint for a in read):
-            return
-        reason = next((a.taint for a in read if a is not None), "its weights are mixed")
-        self.table.block(axis.slots, f"a dropped channel would still count: {reason}")
+        if axis is not None and all(a is None or a.taint for a in read):
+            reason = next((a.taint for a in read if a is not None), "its weights are mixed")
+            self.table.block(axis.slots, f"a dropped channel would still count: {reason}")
+        return axis
 
     # What rules declare about modules and costs
 
@@ -256,8 +259,11 @@ class Tracer:
         whole batch; ``output`` is what it makes."""
         known = [axis for axis in axes if axis is not None and not axis.wild]
         factor *= prod(len(axis.slots) for axis in axes if axis is not None and axis.wild)
-        for axis in known[2:]:
+        # The first ones are positions rather than channels.
+        for axis in known[:-2]:
             self.block(axis, "its cost would be a product of more than two widths")
+            factor *= len(axis.slots)
+        known = known[-2:]
         outputs = labelled([output]) if output is not None else []
         numbers = prod(output.shape) if output is not None else 0
         numbers //= prod(len(axis.slots) for axis in outputs)

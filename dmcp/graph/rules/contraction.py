@@ -36,11 +36,10 @@ def contract(tracer: Tracer, terms: Sequence[Term], out: str) -> list[Axis | Non
             if letter not in variable and variable:
                 tracer.produce(axes[letter])
         else:
-            tracer.sum_over(
+            axes[letter] = tracer.sum_over(
                 [value.axes[place] for value, place in holders if not value.constant],
                 [value.axes[place] for value, place in holders if value.constant],
             )
-            axes[letter] = next((axis for axis in held if axis is not None), None)
     result = [axes[letter] for letter in out]
     # What a single factor sums over is summed first; without a common sum it is elementwise.
     common = [c for c in letters if c in out or sum(c in dims for _, dims in terms) > 1]
@@ -84,6 +83,8 @@ def linear(tracer: Tracer, x: Value, weight: Value, bias: Value | None) -> Value
     if bias is not None and bias.shape != (1,):
         tracer.equate(axes[-1], bias.axes[-1])
         added = bias.axes[-1]
+        reason = f"a bias is added to every channel ({tracer.call.where})"
+        axes[:-1] = [axis and axis.tainted(reason) for axis in axes[:-1]]
         axes[-1] = axes[-1] and axes[-1].tainted(added.taint if added is not None else "")
     operands = [x, weight, *([bias] if bias is not None else [])]
     module = tracer.visit("dense", operands[1:], x.axes[-1], axes[-1])
@@ -242,6 +243,9 @@ def _convolve(
     tracer.size("out_channels", outputs)
 
     axes = [*x.axes[:place], outputs, *([None] * spatial)]
+    if bias is not None:
+        reason = f"a bias is added to every channel ({tracer.call.where})"
+        axes[:place] = [axis and axis.tainted(reason) for axis in axes[:place]]
     weights = [weight, *([bias] if bias is not None else [])]
     module = tracer.visit(kind, weights, inputs, outputs)
     homogeneous = kind == "dense" or bias is None
@@ -266,7 +270,7 @@ def _by_groups(
     table = tracer.table
     if inputs is None or own is None:
         tracer.block([inputs, own], "a grouped convolution of channels that stay")
-        return (tracer.axis(groups * per_out) if transposed else own), "depthwise"
+        return None, "depthwise"
     rows = inputs.slots.reshape(groups, -1)
     first = table.tie_rows(rows.T)
     weights = own.slots.reshape(groups, -1)

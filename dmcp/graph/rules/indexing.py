@@ -32,7 +32,13 @@ def _pin(tracer: Tracer, axis: Axis | None, start: int, end: int) -> None:
         tracer.block(axis.carrying(axis.slots[start:end]), _FIXED)
 
 
-@rule("slice.Tensor", "narrow")
+@rule("narrow")
+def narrow(tracer: Tracer, x: Value, dim: int, start: int, length: int) -> Value:
+    first = start % x.shape[dim]
+    return slice_(tracer, x, dim, first, first + length)
+
+
+@rule("slice.Tensor")
 def slice_(
     tracer: Tracer, x: Value, dim: int, start: int | None, end: int | None, step: int = 1
 ) -> Value:

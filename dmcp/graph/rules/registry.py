@@ -45,6 +45,11 @@ def find_rule(target: Any) -> Rule:
     return unknown
 
 
+@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar")
+def assertion(_tracer: Tracer, *_: Any) -> None:
+    """What ``torch.export`` checks beside the computation."""
+
+
 def unknown(tracer: Tracer, *arguments: Any) -> Any:
     """An operator that nobody wrote a rule for: whatever reaches it stays."""
     values = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]

@@ -177,11 +177,10 @@ def pad(
         reason = "the code says how many channels of zeros are padded"
         parts = [tracer.fixed(before, reason), axis.slots, tracer.fixed(after, reason)]
         axes[place] = Axis(np.concatenate(parts), axis.taint)
-    result = tracer.emit("linear_map", [x], axes)
-    if value in (None, 0):
-        return result
-    reason = f"it is padded by {value} ({tracer.call.where})"
-    return Value(result.shape, tuple(a and a.tainted(reason) for a in result.axes), result.node)
+    if value not in (None, 0):
+        taint = f"it is padded by {value} ({tracer.call.where})"
+        axes = [axis and axis.tainted(taint) for axis in axes]
+    return tracer.emit("linear_map", [x], axes)
 
 
 @rule("expand", "expand_as", "broadcast_to", "repeat", "tile")
