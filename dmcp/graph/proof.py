@@ -146,7 +146,7 @@ class _Check:
         worst = _Error()
         count = 0
         for steps in self.structures(free):
-            # Gradients follow where the forward pass does: once is enough.
+            # Gradients and training follow where the forward pass does: once is enough.
             error = self.compare(steps, gradients=count == 0)
             if not self.harmless(error):
                 return count, None
@@ -169,9 +169,10 @@ class _Check:
                 return _Error(failure=_first_line(error))
         if [output.shape for output in found] != [output.shape for output in expected]:
             return _Error(failure="the shapes of its outputs change")
-        forward, gradient = _difference(found, expected), 0.0
-        if gradients and forward <= TOLERANCES[self.dtype][0]:
-            gradient = self._gradients(small, found, zeroed, expected, steps)
+        forward = _difference(found, expected)
+        if not (gradients and forward <= TOLERANCES[self.dtype][0]):
+            return _Error(forward)
+        gradient = self._gradients(small, found, zeroed, expected, steps)
         return _Error(forward, gradient, self._failure_in_training(small))
 
     def _run(self, model: nn.Module) -> list[Tensor]:
