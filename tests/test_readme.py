@@ -36,7 +36,7 @@ def namespace() -> dict[str, Any]:
 
 
 def test_example_with_your_own_network(namespace: dict[str, Any]) -> None:
-    example, _ = blocks("python")
+    example = blocks("python")[0]
     exec(example, namespace)
     import dmcp
 
@@ -45,8 +45,41 @@ def test_example_with_your_own_network(namespace: dict[str, Any]) -> None:
     assert namespace["small"](torch.randn(2, 3, 20, 20)).shape == (2, 4)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(32, 24, 3, padding=1), nn.Conv2d(24, 32, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(self.conv1(x).relu())
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.layer1 = nn.Sequential(Block(), Block())
+        self.head = nn.Sequential(nn.Conv2d(32, 40, 1), nn.ReLU(), nn.Conv2d(40, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer1(self.stem(x).relu())).mean((2, 3))
+
+
+def test_examples_with_any_network(namespace: dict[str, Any]) -> None:
+    show, choose = blocks("python")[1:3]
+    namespace |= {"model": Network(), "images": torch.zeros(2, 3, 8, 8)}
+    exec("import dmcp\n" + show, namespace)
+    assert [unit.step for unit in namespace["graph"].units] == [1] * 5
+    exec(choose, namespace)
+    units = {unit.name: unit for unit in namespace["graph"].units}
+    assert units["head.0"].reason == "it is excluded by 'head.*'"
+    assert units["stem"].choices[0] == 16
+    assert {m.module for m in units["layer1.0.conv1"].members} >= {"layer1.1.conv1"}
+    assert not any(chain.startswith("head") for chain in namespace["net"].chains)
+
+
 def test_example_of_the_drop_in_layer(namespace: dict[str, Any]) -> None:
-    _, example = blocks("python")
+    example = blocks("python")[-1]
     images, labels = torch.randn(2, 64, 8, 8), torch.randint(0, 4, (2,))
     build, use = example.split("conv.chain.width")
     exec(build, namespace)
