@@ -10,7 +10,7 @@ import torch
 from dmcp.cost.polynomial import Cost
 from dmcp.errors import ConfigError
 from dmcp.graph import ChannelGraph
-from dmcp.graph.extract import tensor_of
+from dmcp.graph.tensors import tensor_of
 from dmcp.graph.units import AxisMap
 
 

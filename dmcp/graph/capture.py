@@ -36,14 +36,16 @@ def capture(
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every module in training or evaluation mode while the context is open."""
-    modes = {module: module.training for module in model.modules()}
+    """Put every module in training or evaluation mode while the context is open; whatever a forward
+    pass leaves on a module is gone behind it."""
+    before = {module: dict(vars(module)) for module in model.modules()}
     model.train(training)
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _explain(error: Exception) -> str:

@@ -88,6 +88,8 @@ class Node:
         axes: (dimension, channels) of its output, for every dimension that may shrink.
         parameters: qualified names of the parameters it reads as they are stored.
         tainted: whether a dropped channel may be other than zero in its output (a sigmoid's).
+        computed: whether it reads channels of something that no mask can be folded into: a computed
+            parameter, a buffer.
     """
 
     kind: NodeKind
@@ -98,6 +100,7 @@ class Node:
     axes: tuple[tuple[int, AxisMap], ...] = ()
     parameters: tuple[str, ...] = ()
     tainted: bool = False
+    computed: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
 from dmcp.graph.channel_graph import ChannelGraph
+from dmcp.graph.tensors import tensor_of
 from dmcp.graph.units import AxisMap, check_widths
 
 
@@ -83,23 +83,6 @@ def cut(tensor: Tensor, axes: Sequence[AxisMap | None], steps: Mapping[int, Tens
     if not isinstance(tensor, nn.Parameter):
         return smaller
     return nn.Parameter(smaller, requires_grad=tensor.requires_grad)
-
-
-def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its qualified name.
-
-    Raises:
-        ConfigError: it is gone.
-    """
-    owner, _, key = name.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError as error:
-        raise ConfigError(f"{owner} is gone: trace the model again") from error
-    for found, tensor in chain(module._parameters.items(), module._buffers.items()):
-        if found == key and tensor is not None:
-            return tensor
-    raise ConfigError(f"{name} is gone: trace the model again")
 
 
 def _prefixes(graph: ChannelGraph, widths: Mapping[str, int]) -> dict[int, Tensor]:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, ModuleSize, Node
-from dmcp.graph.extract import tensor_of
 from dmcp.graph.slots import Slots
+from dmcp.graph.tensors import tensor_of
 from dmcp.graph.tracer import Flow, Tracer
 from dmcp.graph.units import FIXED, AxisMap, ChannelUnit, Member
 
@@ -140,6 +140,7 @@ class Partition:
             tuple((dim, axis) for dim, axis in axes if axis is not None),
             flow.parameters,
             flow.tainted,
+            flow.computed,
         )
 
     def _shrinking(self, slots: Slots) -> AxisMap | None:

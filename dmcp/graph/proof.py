@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dmcp.errors import TraceError
 from dmcp.graph.channel_graph import ChannelGraph, Proof
-from dmcp.graph.extract import extract_steps, tensor_of
+from dmcp.graph.extract import extract_steps
+from dmcp.graph.tensors import tensor_of
 
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-9, 1e-8)}
 """Relative differences of outputs and of gradients up to which two networks are the same."""
+
+TRAINING_TOLERANCES = {torch.float32: 1e-2, torch.float64: 1e-6}
+"""The same of the outputs in training mode."""
 
 Steps = dict[int, Tensor]
 """Unit number -> BoolTensor of the steps that stay."""
@@ -25,21 +31,14 @@ Steps = dict[int, Tensor]
 
 def prove(graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> ChannelGraph:
     """The graph with its proof; units that cannot be shrunk without changing what the rest
-    computes are unsearchable in it. Nothing else changes, the random numbers included."""
-    with torch.random.fork_rng(devices=[]):
-        return _prove(graph, inputs, keywords)
+    computes are unsearchable in it. Nothing else changes, the random numbers included.
 
-
-def _prove(graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> ChannelGraph:
+    Raises:
+        TraceError: the model cannot be copied, or its copy cannot be run with random numbers.
+    """
     started = time.perf_counter()
-    check = _Check(graph, inputs, keywords, torch.float32)
-    refuted: dict[int, str] = {}
-    count, worst = check.all(_free(graph, refuted))
-    while worst is None:
-        # Single precision only says that there may be a difference.
-        check = _Check(graph, inputs, keywords, torch.float64)
-        refuted.update(check.blame(_free(graph, refuted)))
-        count, worst = check.all(_free(graph, refuted))
+    with torch.random.fork_rng(devices=[]):
+        refuted, count, worst, dtype = _examine(graph, inputs, keywords)
     reasons = {graph.units[number].name: reason for number, reason in refuted.items()}
     units = tuple(
         replace(unit, searchable=False, choices=(unit.channels,), reason=reasons[unit.name])
@@ -48,9 +47,44 @@ def _prove(graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, An
         for unit in graph.units
     )
     seconds = time.perf_counter() - started
-    dtype = str(check.dtype).removeprefix("torch.")
-    proof = Proof(count, worst.forward, worst.gradient, dtype, reasons, seconds)
+    name = str(dtype).removeprefix("torch.")
+    proof = Proof(count, worst.forward, worst.gradient, name, reasons, seconds)
     return replace(graph, units=units, proof=proof)
+
+
+def _examine(
+    graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[dict[int, str], int, _Error, torch.dtype]:
+    """What is refuted, how many structures of the rest were compared, their worst error, and the
+    precision that decided."""
+    refuted: dict[int, str] = {}
+    check = _check(graph, inputs, keywords, torch.float32)
+    while True:
+        count, worst, failing = check.compare_all(_free(graph, refuted))
+        if failing is None:
+            return refuted, count, worst, check.dtype
+        if check.dtype == torch.float32:
+            # Single precision only says that there may be a difference; it must do for a model
+            # whose code asks for it.
+            with suppress(TraceError):
+                check = _check(graph, inputs, keywords, torch.float64)
+            if check.dtype == torch.float64 and check.harmless(check.compare(failing)):
+                continue
+        found = check.blame(failing)
+        # A difference that comes and goes is one all the same.
+        refuted |= found or dict.fromkeys(failing, "the network without it is not always the same")
+
+
+def _check(
+    graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any], dtype: torch.dtype
+) -> _Check:
+    try:
+        return _Check(graph, inputs, keywords, dtype)
+    except Exception as error:  # whatever the model's own code raises
+        raise TraceError(
+            f"{type(graph.model).__name__} cannot be checked in {dtype}, as a copy on the CPU with "
+            f"random numbers: {_first_line(error)}"
+        ) from error
 
 
 def _free(graph: ChannelGraph, refuted: Mapping[int, str]) -> list[int]:
@@ -96,7 +130,10 @@ class _Check:
         self.inputs, self.keywords = tree_map_only(
             Tensor, self._input, (tuple(inputs), dict(keywords))
         )
-        plain = copy.deepcopy(graph.model).to("cpu", dtype).eval()
+        plain = copy.deepcopy(graph.model)
+        if {id(t) for t in plain.parameters()} & {id(t) for t in graph.model.parameters()}:
+            raise ValueError("a copy of it shares its parameters")
+        plain = plain.to("cpu", dtype).eval()
         random = copy.deepcopy(plain)
         self._randomise(random)
         with torch.no_grad():
@@ -104,12 +141,20 @@ class _Check:
         finite = all(bool(output.isfinite().all()) for output in outputs)
         self.graph = replace(graph, model=random if finite else plain)
         # The example may not suit training: one value per channel is no statistic, say.
-        self.trains = True
-        self.trains = not self._failure_in_training(copy.deepcopy(plain))
+        try:
+            self._train(copy.deepcopy(plain), seed=0)
+            self.trains = True
+        except Exception:  # whatever the model's own code raises
+            self.trains = False
 
     def _input(self, example: Tensor) -> Tensor:
-        if not example.is_floating_point():
-            return example.detach().cpu()
+        if example.dtype in (torch.bool, torch.uint8):
+            high = 2 if example.dtype == torch.bool else 256
+            drawn = torch.randint(high, example.shape, generator=self.random)
+            return drawn.to(example.dtype)
+        if not example.is_floating_point():  # which numbers it takes, the example alone tells
+            order = torch.randperm(example.numel(), generator=self.random)
+            return example.detach().cpu().reshape(-1)[order].reshape(example.shape)
         return torch.randn(example.shape, generator=self.random, dtype=self.dtype)
 
     @torch.no_grad()
@@ -118,10 +163,11 @@ class _Check:
             if not tensor.is_floating_point():
                 continue
             if tensor.ndim > 1:
-                limit = math.sqrt(3 * tensor.shape[0] / max(tensor.numel(), 1))
+                # As large as rectifiers need, so that early layers are seen through many.
+                limit = math.sqrt(6 * tensor.shape[0] / max(tensor.numel(), 1))
                 tensor.uniform_(-limit, limit, generator=self.random)
             elif name.endswith(("bias", "mean")):
-                tensor.uniform_(-0.5, 0.5, generator=self.random)
+                tensor.uniform_(-0.05, 0.05, generator=self.random)
             else:
                 tensor.uniform_(0.5, 1.5, generator=self.random)
 
@@ -141,28 +187,28 @@ class _Check:
     def _below(self, size: int) -> int:
         return int(torch.randint(1, size, (), generator=self.random))
 
-    def all(self, free: Sequence[int]) -> tuple[int, _Error | None]:
-        """How many structures were compared and the worst error; None if one differs."""
+    def compare_all(self, free: Sequence[int]) -> tuple[int, _Error, Steps | None]:
+        """How many structures were compared, the worst error, and the first one that differs."""
         worst = _Error()
         count = 0
         for steps in self.structures(free):
             # Gradients and training follow where the forward pass does: once is enough.
-            error = self.compare(steps, gradients=count == 0)
+            error = self.compare(steps, thorough=count == 0)
             if not self.harmless(error):
-                return count, None
+                return count, error, steps
             worst = worst.joined(error)
             count += 1
-        return count, worst
+        return count, worst, None
 
     def harmless(self, error: _Error) -> bool:
         forward, gradient = TOLERANCES[self.dtype]
         return not error.failure and error.forward <= forward and not error.gradient > gradient
 
-    def compare(self, steps: Steps, *, gradients: bool = True) -> _Error:
+    def compare(self, steps: Steps, *, thorough: bool = True) -> _Error:
         zeroed = _zeroed(self.graph, steps)
-        with torch.set_grad_enabled(gradients):
-            expected = self._run(zeroed)
+        with torch.set_grad_enabled(thorough):
             try:
+                expected = self._run(zeroed)
                 small = extract_steps(self.graph, steps)
                 found = self._run(small)
             except Exception as error:  # whatever the model's own code raises
@@ -170,26 +216,42 @@ class _Check:
         if [output.shape for output in found] != [output.shape for output in expected]:
             return _Error(failure="the shapes of its outputs change")
         forward = _difference(found, expected)
-        if not (gradients and forward <= TOLERANCES[self.dtype][0]):
+        if not (thorough and forward <= TOLERANCES[self.dtype][0]):
             return _Error(forward)
         gradient = self._gradients(small, found, zeroed, expected, steps)
-        return _Error(forward, gradient, self._failure_in_training(small))
+        return _Error(forward, gradient, self._difference_in_training(small, zeroed))
 
-    def _run(self, model: nn.Module) -> list[Tensor]:
+    def _run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
+        torch.manual_seed(seed)
         inputs, keywords = tree_map_only(Tensor, torch.clone, (self.inputs, self.keywords))
         outputs = model(*inputs, **keywords)
         return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
-    def _failure_in_training(self, model: nn.Module) -> str:
-        """What its training pass raises, which may run other code; it changes its buffers."""
+    def _difference_in_training(self, small: nn.Module, zeroed: nn.Module) -> str:
+        """What is wrong with its training pass, which may run other code."""
         if not self.trains:
             return ""
+        expected = self._train(zeroed, seed=0)
         try:
-            with torch.no_grad():
-                self._run(model.train())
+            found = self._train(small, seed=0)
         except Exception as error:  # whatever the model's own code raises
             return f"in training, {_first_line(error)}"
-        return ""
+        if [output.shape for output in found] != [output.shape for output in expected]:
+            return "in training, the shapes of its outputs change"
+        apart = _difference(found, expected)
+        # Statistics of few numbers magnify rounding; what is random cannot be compared.
+        if apart <= TRAINING_TOLERANCES[self.dtype]:
+            return ""
+        is_random = _difference(self._train(zeroed, seed=1), expected) > apart / 2
+        return "" if is_random else f"in training, its outputs differ by {apart:.1e}"
+
+    @torch.no_grad()
+    def _train(self, model: nn.Module, seed: int) -> list[Tensor]:
+        """A training pass without dropout; it changes the model's buffers."""
+        for module in model.train().modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        return self._run(model, seed)
 
     def _gradients(
         self,
@@ -217,19 +279,16 @@ class _Check:
         ]
         return _difference([a for a, _ in pairs], [b for _, b in pairs])
 
-    def blame(self, free: Sequence[int]) -> dict[int, str]:
+    def blame(self, steps: Steps) -> dict[int, str]:
         """The units that make a structure differ, each with what goes wrong."""
-        for steps in self.structures(free):
-            found = self._halve(steps, list(steps))
-            rest = [unit for unit in steps if unit not in found]
-            # What is left may still fail together.
-            while not self.harmless(self._error(steps, rest)):
-                place = self._first_failing(steps, rest)
-                found[rest[place]] = str(self._error(steps, rest[: place + 1]))
-                del rest[place]
-            if found:
-                return found
-        return {}
+        found = self._halve(steps, list(steps))
+        rest = [unit for unit in steps if unit not in found]
+        # What is left may still fail together.
+        while not self.harmless(self._error(steps, rest)):
+            place = self._first_failing(steps, rest)
+            found[rest[place]] = str(self._error(steps, rest[: place + 1]))
+            del rest[place]
+        return found
 
     def _halve(self, steps: Steps, units: Sequence[int]) -> dict[int, str]:
         error = self._error(steps, units)

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph.capture import capture
 from dmcp.graph.channel_graph import ChannelGraph
-from dmcp.graph.extract import tensor_of
 from dmcp.graph.partition import Partition, tie
 from dmcp.graph.proof import prove
+from dmcp.graph.tensors import tensor_of
 from dmcp.graph.tracer import Tracer
 from dmcp.graph.units import ChannelUnit
 
@@ -43,7 +43,8 @@ def trace(
     Args:
         model: the network.
         example_inputs: one batch as the model will see it, e.g. ``torch.zeros(2, 3, 224, 224)``, a
-            tuple of positional or a mapping of keyword inputs. Costs refer to this image size.
+            tuple of positional or a mapping of keyword inputs. Costs refer to this image size; the
+            first dimension of the first tensor counts the images.
         exclude: patterns such as ``"head.*"``; units that a matching module (or the unit's own
             name) produces are not searchable.
         tied: groups of unit names that shall share one width.
@@ -97,13 +98,17 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (example,), {}
     if isinstance(example, Mapping):
         return (), dict(example)
+    if not isinstance(example, Sequence):
+        raise ConfigError(
+            f"example_inputs must be a tensor, a tuple or a mapping, got {type(example).__name__}"
+        )
     return tuple(example), {}
 
 
 def _batch(inputs: Sequence[Any]) -> int:
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors:
-        raise ConfigError("example_inputs must hold a tensor with a batch dimension")
+    if not tensors or not tensors[0].shape[0]:
+        raise ConfigError("example_inputs must hold a tensor with a batch dimension of at least 1")
     return int(tensors[0].shape[0])
 
 

@@ -17,9 +17,10 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dmcp.graph.channel_graph import NodeKind
-from dmcp.graph.extract import tensor_of
 from dmcp.graph.rules import find_rule
+from dmcp.graph.rules.registry import unknown
 from dmcp.graph.slots import Slots, SlotTable
+from dmcp.graph.tensors import tensor_of
 from dmcp.graph.values import Axes, Axis, Value, labelled
 
 _FIXED_SIZES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -78,6 +79,7 @@ class Flow:
     axes: tuple[tuple[int, Slots], ...] = ()
     parameters: tuple[str, ...] = ()
     tainted: bool = False
+    computed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,10 +307,15 @@ class Tracer:
         tainted = any(axis is not None and axis.taint for axis in known)
         stored = [self._name_of(v) for v in inputs if isinstance(v, Value) and v.constant]
         parameters = tuple(n for n in stored if n is not None and n in self._parameters)
+        computed = any(
+            isinstance(v, Value) and v.constant and labelled([v]) and name not in self._parameters
+            for v in inputs
+            for name in [self._stored.get(id(v.axes)) if isinstance(v, Value) else None]
+        )
         parameters = () if None in stored else parameters  # one is computed: it is not all of them
         operator = str(self.call.operator)
         self.nodes.append(
-            Flow(kind, module, sources, homogeneous, operator, firm, parameters, tainted)
+            Flow(kind, module, sources, homogeneous, operator, firm, parameters, tainted, computed)
         )
         return Value(shape, known, len(self.nodes) - 1)
 
@@ -329,12 +336,14 @@ class Tracer:
             number: Any = node.args[1]
             self._memory[node] = self._memory.get(node.args[0], node.args[0])  # type: ignore[arg-type, assignment]
             return source[number] if isinstance(source, (list, tuple)) else None
+        if any(self._region(argument) is not None for argument in node.args):
+            return self._run_region(node, values, calls)
         self.call = self._describe(node, calls)
         known = {key: values.get(key) for key in node.all_input_nodes}
         arguments = tree_map_only(fx.Node, known.__getitem__, _all_arguments(node))
         inputs = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
         self.uses.update(self._targets[n] for n in known if n in self._targets)
-        result = find_rule(node.target)(self, *arguments)
+        result = self._apply(node.target, arguments)
         self._block_fixed_sizes([*inputs, *tree_leaves(result)])
         target = node.args[0] if node.args else None
         if isinstance(target, fx.Node) and _may_share(node.target):
@@ -342,6 +351,39 @@ class Tracer:
         if isinstance(target, fx.Node) and _is_in_place(node.target) and isinstance(result, Value):
             self._write(target, result, values)
         return result
+
+    def _apply(self, target: Any, arguments: Sequence[Any]) -> Any:
+        try:
+            return find_rule(target)(self, *arguments)
+        except Exception as error:  # a use of the operator that its rule did not foresee
+            reason = f"{type(error).__name__} in the rule of {target}"
+            values = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Value)]
+            self.block(labelled(values), reason)
+            return unknown(self, *arguments)
+
+    def _run_region(self, node: fx.Node, values: dict[fx.Node, Any], calls: Counter[str]) -> Any:
+        """Operators that run without gradients or in another precision are a program in itself."""
+        place = next(n for n, arg in enumerate(node.args) if self._region(arg) is not None)
+        region = self._region(node.args[place])
+        assert region is not None
+        inside = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        for inner, outer in zip(inside, node.args[place + 1 :], strict=True):
+            values[inner] = values.get(outer) if isinstance(outer, fx.Node) else None
+            if outer in self._targets:
+                self._targets[inner] = self._targets[outer]  # type: ignore[index]
+        for inner in region.graph.nodes:
+            if inner.op == "call_function":
+                values[inner] = self._run_call(inner, values, calls)
+            elif inner.op == "output":
+                results = inner.args[0]
+                return tree_map_only(fx.Node, values.get, results)
+        return None
+
+    def _region(self, argument: Any) -> fx.GraphModule | None:
+        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+            return None
+        found = getattr(argument.graph.owning_module, str(argument.target), None)
+        return found if isinstance(found, fx.GraphModule) else None
 
     def _write(self, target: fx.Node, result: Value, values: dict[fx.Node, Any]) -> None:
         """``target`` was written on: so were all values that share its memory."""
@@ -423,8 +465,13 @@ class Tracer:
         results = node.meta.get("val")
         several = isinstance(results, (list, tuple))
         leaves = list(results) if isinstance(results, (list, tuple)) else [results]
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+        shapes = tuple(_sizes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         return Call(node.target, node, shapes, several, name, where, alone, alone or plain)
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Its shape; a size that depends on values counts as 1, which never shrinks."""
+    return tuple(size if isinstance(size, int) else 1 for size in tensor.shape)
 
 
 def _calling_module(node: fx.Node) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -113,7 +114,7 @@ def check_widths(units: Sequence[ChannelUnit], widths: Mapping[str, int]) -> dic
         if name not in known:
             raise ConfigError(f"widths: no unit is called {name!r}; units are {list(known)}")
         unit = known[name]
-        if isinstance(width, bool) or not isinstance(width, int):
+        if isinstance(width, bool) or not isinstance(width, Integral):
             raise ConfigError(f"widths[{name!r}] must be an int, got {width!r}")
         if not 1 <= width <= unit.channels:
             raise ConfigError(f"widths[{name!r}] must lie in 1..{unit.channels}, got {width}")
@@ -123,4 +124,4 @@ def check_widths(units: Sequence[ChannelUnit], widths: Mapping[str, int]) -> dic
             )
         if width % unit.step:
             raise ConfigError(f"widths[{name!r}] must be a multiple of {unit.step}, got {width}")
-    return {name: widths.get(name, unit.channels) for name, unit in known.items()}
+    return {name: int(widths.get(name, unit.channels)) for name, unit in known.items()}

@@ -118,7 +118,7 @@ class MarkovConv2d(nn.Conv2d):
         if self.act is not None:
             y = self.act(y)
         mask = axis.mask if axis is not None and self.masks else None
-        return scale_channels(y, mask, keep, 1)
+        return scale_channels(y, mask, keep, y.ndim - 3)
 
     def _convolve(self, x: Tensor, keep: slice | Tensor | None) -> Tensor:
         bias = select(self.bias, 0, keep)

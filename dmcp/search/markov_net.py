@@ -16,7 +16,7 @@ from torch.func import functional_call
 from dmcp.cost import Cost
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph import ChannelGraph, ChannelUnit, check_widths, trace
-from dmcp.graph.extract import tensor_of
+from dmcp.graph.tensors import tensor_of
 from dmcp.graph.units import AxisMap
 from dmcp.nn import (
     Axis,
@@ -40,9 +40,9 @@ class MarkovNet(nn.Module):
 
     Its weights *are* the user's: parameters and buffers are shared with ``model``, whose modules
     stay untouched, so that ``dmcp.extract(net.graph, widths)`` inherits what was trained. Unless
-    told otherwise, it computes what ``model`` computes, bit for bit; inside ``net.at(widths)`` it
-    is the sub-network of these widths, inside ``net.masked()`` the full-width network with every
-    channel scaled by its retain probability.
+    told otherwise, it computes what ``model`` computes (with the eager ops bit for bit); inside
+    ``net.at(widths)`` it is the sub-network of these widths, inside ``net.masked()`` the full-width
+    network with every channel scaled by its retain probability.
 
     Args:
         model: the network, already on its device.
@@ -86,20 +86,16 @@ class MarkovNet(nn.Module):
             for number, unit in enumerate(graph.units)
         )
         self.graph: ChannelGraph = replace(graph, units=units)
-        first = next(model.parameters())
+        if not self.graph.searchable:
+            raise TraceError(f"{type(model).__name__} has no unit whose width could be searched")
+        device = next(model.parameters()).device
         self.chains = nn.ModuleDict(
             {
-                _key(unit.name): MarkovChain(
-                    unit.channels, choices=unit.choices, device=first.device
-                )
+                _key(unit.name): MarkovChain(unit.channels, choices=unit.choices, device=device)
                 for unit in self.graph.searchable
             }
         )
-        if not len(self.chains):
-            raise TraceError(f"{type(model).__name__} has no unit whose width could be searched")
         self._table = self.cost_table(())
-        shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        self.model = copy.deepcopy(model, shared)
         self._install(sites)
         modules = self.model.modules()
         self._norms = [module for module in modules if isinstance(module, MarkovBatchNorm2d)]
@@ -222,16 +218,22 @@ class MarkovNet(nn.Module):
         outputs of other modules at the sites; remember the tensors that are left."""
         graph, original = self.graph, self.graph.model
         followed = {name for name in graph.modules if _can_follow(original.get_submodule(name))}
+        # In the memo of the copy, so that they stand wherever the model holds the module.
+        copies: dict[int, Any] = {id(t): t for t in [*original.parameters(), *original.buffers()]}
+        followers = {}
         for name in followed:
-            axes = graph.modules[name]
+            axes, module = graph.modules[name], original.get_submodule(name)
             inputs = self._axis(axes.inputs) if axes.inputs is not None else None
-            module = original.get_submodule(name)
             masks = name in sites.modules
             follower = _follower(module, inputs, self._axis(axes.outputs), masks=masks)
-            self.model.set_submodule(name, follower)
+            copies[id(module)] = followers[name] = follower
         placed = dict(sites.modules)
         for norm, site in fusable_activations(graph.nodes).items():
-            self._fuse(norm, site, placed)
+            fused, module = followers.get(norm), original.get_submodule(site)
+            if isinstance(fused, MarkovBatchNorm2d) and _fuse(fused, module):
+                copies[id(module)] = nn.Identity().train(module.training)
+                fused.masks = placed.pop(site, None) is not None or fused.masks
+        self.model = copy.deepcopy(original, copies)
         for site, number in placed.items():
             ((dim, channels),) = graph.nodes[number].axes
             axis = self._axis(channels)
@@ -266,18 +268,6 @@ class MarkovNet(nn.Module):
             if is_buffer or any(axis is not None for axis in axes):
                 kept[name] = _Loose(name, tuple(axes), tuple(scaled), is_buffer)
         return kept
-
-    def _fuse(self, norm: str, site: str, sites: dict[str, int]) -> None:
-        """Let a norm compute the activation at ``site``, and apply the mask that sits there."""
-        follower, module = self.model.get_submodule(norm), self.model.get_submodule(site)
-        act = ACTIVATIONS.get(type(module))
-        watched = any(vars(m)[key] for m in (follower, module) for key in vars(m) if "hooks" in key)
-        if not isinstance(follower, MarkovBatchNorm2d) or act is None or watched:
-            return
-        follower.act = act
-        if sites.pop(site, None) is not None:
-            follower.masks = True
-        self.model.set_submodule(site, nn.Identity())
 
     def _axis(self, axis: AxisMap) -> Axis | None:
         parts = []
@@ -354,8 +344,9 @@ def _length(kept: slice | Tensor) -> int:
 
 
 def _key(unit: str) -> str:
-    """A unit's key in a ModuleDict, whose keys may not hold dots."""
-    return unit.replace(".", "/")
+    """A unit's key in a ModuleDict, whose keys may not hold dots, nor be names it has itself."""
+    key = unit.replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
 
 
 def _without_site(unit: ChannelUnit) -> ChannelUnit:
@@ -377,13 +368,27 @@ def _on_grid(unit: ChannelUnit, groups: int, divisor: int, min_width: int) -> Ch
     return replace(unit, choices=(unit.channels,), searchable=False, reason=reason)
 
 
-_REPLACED = (nn.BatchNorm2d, nn.Conv2d, nn.Linear)
+_ATTRIBUTES: dict[type[nn.Module], set[str]] = {
+    type(plain): set(vars(plain))
+    for plain in (nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.Linear(1, 1))
+}
+_REPLACED = tuple(_ATTRIBUTES)
+
+
+def _fuse(norm: MarkovBatchNorm2d, module: nn.Module) -> bool:
+    """Let a norm compute the activation behind it, if it can and nobody watches either."""
+    act = ACTIVATIONS.get(type(module))
+    watched = any(vars(m)[key] for m in (norm, module) for key in vars(m) if "hooks" in key)
+    if act is None or watched:
+        return False
+    norm.act = act
+    return True
 
 
 def _can_follow(module: nn.Module) -> bool:
     """Whether one of the package's modules computes what this one does, at every width."""
-    kind = next((kind for kind in _REPLACED if isinstance(module, kind)), None)
-    if kind is None or type(module).forward is not kind.forward:
+    # A subclass, or an instance with more on it, may mean something else by the same operator.
+    if type(module) not in _REPLACED or not vars(module).keys() <= _ATTRIBUTES[type(module)]:
         return False
     return not isinstance(module, nn.Conv2d) or module.groups in (1, module.in_channels)
 

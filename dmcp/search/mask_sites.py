@@ -94,6 +94,8 @@ def _walk(
             if node.kind in ("depthwise", "activation") and not node.homogeneous:
                 added = node.parameters[1:] if node.kind == "depthwise" else node.parameters
                 sites.parameters.update(dict.fromkeys(added, number))
+                if node.computed and node.axes:
+                    sites.missing.add(number)
             states.append(number if node.kind in ("dense", "norm") else None)
     return frozenset(found), sites
 

@@ -147,7 +147,7 @@ def _leaves(node: fx.Node) -> list[fx.Node]:
 def _numbers(dtype: torch.dtype, seed: int) -> Tensor:
     """Powers of two of both signs, which scale without rounding, in an order of their own."""
     order = torch.randperm(_PROBES, generator=torch.Generator().manual_seed(seed))
-    numbers = 2.0 ** torch.linspace(-4, 8, _PROBES // 2).round()
+    numbers = 2.0 ** torch.linspace(-6, 14, _PROBES // 2).round()
     numbers = torch.cat([numbers, -numbers])[order]
     return numbers > 0 if dtype == torch.bool else numbers.to(dtype)
 
@@ -208,7 +208,6 @@ def filled_like(tracer: Tracer, x: Value, *_: Any) -> Value:
     "new_full",
     "new_ones",
     "new_zeros",
-    "bernoulli",
     "bernoulli_",
 )
 def constant(tracer: Tracer, *_: Any) -> Value:

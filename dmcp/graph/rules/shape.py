@@ -156,12 +156,17 @@ def stack(tracer: Tracer, parts: Sequence[Value], dim: int = 0) -> Value:
     return tracer.emit("join", parts, axes)
 
 
-@rule("pad", "constant_pad_nd")
+@rule("constant_pad_nd")
+def constant_pad(tracer: Tracer, x: Value, sizes: Sequence[int], value: float = 0) -> Value:
+    return pad(tracer, x, sizes, "constant", value)
+
+
+@rule("pad")
 def pad(
     tracer: Tracer,
     x: Value,
     sizes: Sequence[int],
-    mode: str | float = "constant",
+    mode: str = "constant",
     value: Any = None,
 ) -> Value:
     axes = list(x.axes)
@@ -170,7 +175,7 @@ def pad(
         axis = axes[place]
         if axis is None or (before, after) == (0, 0):
             continue
-        if mode not in ("constant", 0, 0.0) or min(before, after) < 0:
+        if mode != "constant" or min(before, after) < 0:
             tracer.block(axis, "it is padded by other channels")
             axes[place] = None
             continue

@@ -1,0 +1,26 @@
+"""The parameters and buffers of a model by their names."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from torch import Tensor, nn
+
+from dmcp.errors import ConfigError
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its qualified name.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    owner, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError as error:
+        raise ConfigError(f"{owner} is gone: trace the model again") from error
+    for found, tensor in chain(module._parameters.items(), module._buffers.items()):
+        if found == key and tensor is not None:
+            return tensor
+    raise ConfigError(f"{name} is gone: trace the model again")
