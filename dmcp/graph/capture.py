@@ -25,8 +25,8 @@ def capture(
     """
     try:
         with in_mode(model, training=training), warnings.catch_warnings():
-            # Recurrent layers hold their parameters in a list too.
-            warnings.filterwarnings("ignore", message="The tensor attributes")
+            # Recurrent layers hold their parameters in a list too; what else a model keeps goes.
+            warnings.filterwarnings("ignore", message="The tensor attribute")
             return torch.export.export(model, inputs, dict(keywords), strict=False)
     except Exception as error:
         raise TraceError(

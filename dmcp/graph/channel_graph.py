@@ -107,7 +107,11 @@ class Node:
 class Proof:
     """What `trace` compared on the model itself, with random weights: the network extracted at
     random widths, at random kept channels and at the narrowest widths against the whole network
-    with the dropped channels zeroed.
+    with the dropped channels zeroed, in evaluation mode and once in training mode.
+
+    It says nothing about other image sizes than the example's where the code takes other branches
+    for them, about code that asks for particular widths which were not drawn, and about outputs
+    that are no tensors.
 
     Attributes:
         structures: networks that were compared after the last unit was refuted.

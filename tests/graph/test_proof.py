@@ -12,6 +12,7 @@ from oracle import randomise, same, zeroed
 from torch import nn
 
 import dmcp
+from dmcp.errors import TraceError
 from dmcp.graph.rules import indexing, registry, shape
 from dmcp.graph.values import Axis
 
@@ -455,3 +456,82 @@ def test_gradients_are_compared_too():
 
     graph = dmcp.trace(Halved(), IMAGES)
     assert "differs" in graph.proof.refuted["first"]
+
+
+class Capricious(nn.Module):
+    """Another network at some widths only."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.first, self.last, self.bad = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1), bad
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(x * 2 if x.shape[1] in self.bad else x)
+
+
+def test_a_structure_that_differs_is_not_forgotten():
+    images = torch.zeros(2, 3, 4, 4)
+    refuted = set()
+    for width in range(1, 16):
+        graph = dmcp.trace(Capricious({width}), images)
+        if graph.proof.refuted:
+            refuted.add(width)
+    # The narrowest network, and two of random widths.
+    assert 1 in refuted
+    assert 2 <= len(refuted) <= 3
+
+
+class OtherInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        if self.training:
+            x = x / (1 + x.mean(1, keepdim=True))
+        return self.last(x)
+
+
+def test_a_training_pass_that_differs_refutes():
+    graph = dmcp.trace(OtherInTraining(), torch.zeros(2, 3, 4, 4))
+    assert "in training" in graph.proof.refuted["first"]
+
+
+class Bytes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1, bias=False), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x.float() / 255)
+        return self.last(x / x.shape[1])
+
+
+def test_integer_images_of_zeros_do_not_blind_the_proof():
+    graph = dmcp.trace(Bytes(), torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    assert list(graph.proof.refuted) == ["first"]
+
+
+class Shared(nn.Module):
+    """A copy of it would write on the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_model_that_cannot_be_copied_is_refused_and_left_alone():
+    model = nn.Sequential(Shared(), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    before = model[0].conv.weight.clone()
+    with pytest.raises(TraceError, match="a copy of it shares its parameters"):
+        dmcp.trace(model, torch.zeros(2, 3, 4, 4))
+    assert torch.equal(model[0].conv.weight, before)
+    assert model[0].conv.weight.dtype == torch.float32

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import dmcp
+from dmcp.cost import measured_macs
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph import check_widths
 
@@ -589,3 +590,53 @@ def test_the_graph_prints_what_it_holds(traced):
     assert repr(traced("Residual").graph) == (
         "ChannelGraph(Residual, 4 units, 3 searchable, 6 layers)"
     )
+
+
+class Regions(nn.Module):
+    """A frozen beginning, an end in another precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.first(x).relu()
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.last(x)
+        return x.float()
+
+
+def test_regions_without_gradients_or_in_another_precision_are_followed():
+    model, images = Regions(), torch.zeros(2, 3, 5, 5)
+    graph = dmcp.trace(model, images)
+    assert [unit.searchable for unit in graph.units] == [True, False]
+    assert dmcp.cost(graph).of({}) == measured_macs(model, images) == 25 * (3 * 16 + 16 * 4)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.keys, self.last = (nn.Conv2d(i, o, 1) for i, o in ((3, 8), (8, 8), (8, 2)))
+
+    def forward(self, x):
+        self.features = self.first(x)
+        y = self.keys(self.features).mean((2, 3))
+        return self.last(self.keys(self.features)), y[y > 0], torch.dot(y[0], y[1])
+
+
+def test_a_trace_leaves_nothing_on_the_model_and_values_decide_sizes_only_there():
+    model = Remembers()
+    graph = dmcp.trace(model, torch.zeros(2, 3, 4, 4))
+    assert "features" not in vars(model)
+    searchable = {unit.name: unit.searchable for unit in graph.units}
+    assert searchable == {"first": True, "keys": False, "last": False}
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [(5, "got int"), (torch.zeros(0, 3, 4, 4), "at least 1"), ((), "batch dimension")],
+)
+def test_examples_that_are_none_are_refused(example, message):
+    with pytest.raises(ConfigError, match=message):
+        dmcp.trace(nn.Conv2d(3, 4, 1), example)

@@ -11,6 +11,7 @@ from torch import nn
 import dmcp
 from dmcp.errors import ConfigError, TraceError
 from dmcp.nn import MarkovBatchNorm2d
+from dmcp.nn.chain import scaled
 from dmcp.search import MarkovNet
 
 _NETS = {}
@@ -594,3 +595,72 @@ def test_keyword_inputs_are_passed_on():
             narrow = net(**inputs)
         expected = dmcp.extract(net.graph, {"first": 4})(**inputs)
     torch.testing.assert_close(narrow, expected)
+
+
+class InAList(nn.Module):
+    """The modules are called through a plain list, not by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        self.norm, self.act = nn.BatchNorm2d(16), nn.ReLU()
+        self.order = [self.a, self.norm, self.act, self.b, self.c]
+
+    def forward(self, x):
+        for module in self.order:
+            x = module(x)
+        return x
+
+
+class Doubling(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias) * 2 + 1
+
+
+class Gained(nn.Module):
+    """The block asks its convolution for more than a convolution has."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.keys, self.c = nn.Conv2d(3, 16, 1), Doubling(16, 16, 1), nn.Conv2d(16, 4, 1)
+        self.a.gain = 3.0
+
+    def forward(self, x):
+        return self.c(self.keys(self.a(x) * self.a.gain).relu())
+
+
+@pytest.mark.parametrize("kind", [InAList, Gained])
+def test_modules_that_are_more_than_their_operator_follow_too(kind):
+    torch.manual_seed(0)
+    model, images = kind().eval(), torch.randn(2, 3, 5, 5)
+    net = MarkovNet(model, images, groups=4, divisor=1).eval()
+    torch.testing.assert_close(net(images), model(images))
+    narrow = {unit.name: unit.choices[0] for unit in net.graph.units}
+    small = dmcp.extract(net.graph, narrow).eval()
+    with torch.no_grad(), net.at(narrow):
+        torch.testing.assert_close(net(images), small(images))
+    masks = [
+        (chain, (torch.arange(chain.channels) < narrow[unit.name]).float())
+        for unit in net.graph.searchable
+        for chain in [net.chain(unit.name)]
+    ]
+    with torch.no_grad(), scaled(masks):
+        net._set_tracking()
+        torch.testing.assert_close(net(images), small(images))
+
+
+class ComputedShift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        self.shift = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        return self.c((self.b(self.a(x).relu()) + self.shift.view(1, -1, 1, 1)).relu())
+
+
+def test_a_unit_with_a_shift_that_no_mask_reaches_is_not_searched():
+    net = MarkovNet(ComputedShift(), torch.zeros(2, 3, 5, 5), groups=4, divisor=1)
+    units = {unit.name: unit for unit in net.graph.units}
+    assert units["a"].searchable
+    assert "could scale its channels" in units["b"].reason

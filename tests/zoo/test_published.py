@@ -15,8 +15,7 @@ import dmcp
 pytestmark = pytest.mark.skipif(find_spec("timm") is None, reason="torchvision and timm missing")
 
 NAMES = [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.zoo, id=name)
-    for name in PUBLISHED
+    pytest.param(name, marks=() if name in FAST else pytest.mark.zoo, id=name) for name in PUBLISHED
 ]
 
 
