@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -365,3 +366,20 @@ def reference_ops(monkeypatch):
     PyTorch's result to the last bit can only be so with these."""
     module = importlib.import_module("dmcp.ops.norm_act")  # its name in dmcp.ops is the function's
     monkeypatch.setattr(module, "accelerated", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def zoo() -> torch.library.Library:
+    """torchvision and timm; where torchvision's own operators are not built for this PyTorch, it
+    cannot be imported before two of them are declared."""
+    if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("timm") is None:
+        pytest.skip("there is no torchvision or no timm")
+    boxes = "Tensor dets, Tensor scores, float iou_threshold"
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}({boxes}) -> Tensor")
+        importlib.import_module("torchvision")
+    return library  # what it declares lives as long as it
