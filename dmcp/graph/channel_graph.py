@@ -146,7 +146,7 @@ class ChannelGraph:
             stand for, with their own weights.
         layers: every call that costs multiply–accumulates, in execution order.
         nodes: the flow of channels, in execution order.
-        proof: what was checked; None if it was not asked for.
+        proof: what was checked; None for a model on the meta device, which cannot be run.
     """
 
     model: nn.Module

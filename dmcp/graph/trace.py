@@ -68,7 +68,9 @@ def trace(
         _tie(tracer, tied)
         graph = Partition(tracer).graph()
         graph = replace(graph, units=_chosen(graph.units, exclude, min_width))
-        return prove(graph, inputs, keywords)
+        # On the meta device there is nothing to run: costs can be asked for, not more.
+        on_meta = any(tensor.is_meta for tensor in model.parameters())
+        return graph if on_meta else prove(graph, inputs, keywords)
 
     graph = proven(tracer)
     if graph.proof is None or not (graph.proof.refuted and tracer.guessed):

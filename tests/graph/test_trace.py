@@ -640,3 +640,10 @@ def test_a_trace_leaves_nothing_on_the_model_and_values_decide_sizes_only_there(
 def test_examples_that_are_none_are_refused(example, message):
     with pytest.raises(ConfigError, match=message):
         dmcp.trace(nn.Conv2d(3, 4, 1), example)
+
+
+def test_a_model_without_data_is_traced_without_proof():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)).to("meta")
+    graph = dmcp.trace(model, torch.zeros(2, 3, 4, 4, device="meta"))
+    assert graph.proof is None
+    assert dmcp.cost(graph).of({"0": 5}) == 16 * (3 * 5 + 5 * 2)
