@@ -231,8 +231,8 @@ class _Check:
         """What is wrong with its training pass, which may run other code."""
         if not self.trains:
             return ""
-        expected = self._train(zeroed, seed=0)
         try:
+            expected = self._train(zeroed, seed=0)
             found = self._train(small, seed=0)
         except Exception as error:  # whatever the model's own code raises
             return f"in training, {_first_line(error)}"
@@ -271,7 +271,10 @@ class _Check:
             theirs = _pull(zeroed, names, expected, directions)
         except RuntimeError:  # the model writes over what its gradient needs: it has none
             return math.nan
-        mine = _pull(small, names, found, directions)
+        try:
+            mine = _pull(small, names, found, directions)
+        except RuntimeError:  # it has none where the whole network has one
+            return math.inf
         pairs = [
             (a, _cut(b, self.graph, name, steps))
             for name, a, b in zip(names, mine, theirs, strict=True)

@@ -51,8 +51,8 @@ def trace(
         min_width: the smallest width of every unit, or of the units whose names match a pattern.
 
     Raises:
-        TraceError: the model cannot be captured (its control flow depends on values); the message
-            names the line.
+        TraceError: the model cannot be captured (its control flow depends on values; the message
+            names the line), or not be checked (it cannot be copied, or run on the CPU).
         ConfigError: an option names no unit, or ties units of different sizes.
     """
     inputs, keywords = _arguments(example_inputs)
