@@ -30,9 +30,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from table import print_table, render, summarise
+from checkout import ROOT, commit
+from table import print_table, render, render_iterations, summarise
 
-ROOT = Path(__file__).parents[1]
 GRACE = 10.0
 """Seconds that an interrupted step has to write down what it measured."""
 LOG_LINES = 100
@@ -77,16 +77,7 @@ class Plan:
         yield self._machine()
         yield self._tests()
         yield self._benchmark("ops", 25, "retain", "expected_cost")
-        search = (
-            ("--batch=4", "--size=32", "-kmobilenet_v2-2")
-            if self.dry_run
-            else ("--batch=64", "--size=224", "-kmobilenet_v2")
-        )
-        yield self._benchmark("search step", 40, "search_step", *search)
-        eager = {"DMCP_BACKEND": "eager"}
-        yield self._benchmark(
-            "search step, eager ops", 40, "search_step", *search, environment=eager
-        )
+        yield self._iteration()
         layers = (
             ("--batch=4", "--size=32", "--largest=1", "--sweeps=1", "-kv2-1.0 and float32")
             if self.dry_run
@@ -118,6 +109,22 @@ class Plan:
         workers = (f"-n{min(cores // 2, 8)}",) if parallel else ()
         # On the CPU they are collected and skipped.
         return self._pytest("tests", 140, "-mgpu", *workers, "tests", may_skip=self.dry_run)
+
+    def _iteration(self) -> Step:
+        report = self.folder / "iteration.json"
+        script = (sys.executable, str(ROOT / "bench/iteration.py"), f"--json={report}")
+        where = (
+            ("--device=cpu", "--threads=1", "--model=mobilenet_v2-0.25", "--batch=8", "--sweeps=1")
+            if self.dry_run
+            else ("--device=cuda", "--model=mobilenet_v2-1.5", "--batch=64", "--size=224")
+        )
+        # Without compile, which would take minutes of it.
+        what = ("--stage=2", "--rivals", "ours", "published", "eager")
+
+        def read(output: str) -> dict[str, Any]:
+            return {"cases": json.loads(report.read_text())["cases"]}
+
+        return Step("search step", (*script, *where, *what), 80, read=read)
 
     def _benchmark(
         self,
@@ -216,9 +223,10 @@ def accept(plan: Plan, minutes: float, output: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "dry_run": plan.dry_run,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {},
         "steps": [],
+        "iterations": [],
         "summary": {"runs": [], "rows": [], "means": []},
     }
     steps, reports = list(plan.steps()), []
@@ -227,27 +235,13 @@ def accept(plan: Plan, minutes: float, output: Path) -> dict[str, Any]:
         outcome = run(step, end - time.monotonic() - promised, plan.folder / "log")
         _tell(outcome)
         result["machine"].update(outcome.pop("machine", {}))
+        result["iterations"] += outcome.pop("cases", [])
         result["steps"].append(outcome)
         if step.benchmarks is not None and step.benchmarks.exists():
             reports.append(json.loads(step.benchmarks.read_text()))
             result["summary"] = summarise(reports)
         output.write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _commit() -> dict[str, Any]:
-    """Which commit this is, and whether files differ from it; None where git does not say."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", *arguments]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    changes = git("status", "--porcelain")
-    return {"id": git("rev-parse", "HEAD"), "changed": None if changes is None else changes != ""}
 
 
 def _tell(outcome: Mapping[str, Any]) -> None:
@@ -284,6 +278,7 @@ def main() -> int:
         plan = Plan(Path(folder), arguments.dry_run, arguments.skip_build)
         result = accept(plan, arguments.minutes, arguments.output)
     print_table(render(result["summary"], title=_title(result)))
+    print_table(render_iterations(result["iterations"], title="an iteration of a search"))
     print(f"written to {arguments.output}")
     return int(any(step["status"] != "ok" for step in result["steps"]))
 

@@ -1,13 +1,14 @@
-"""The batch norms of the paper's networks, each with what follows it: what `norm_act` computes."""
+"""The layers of the paper's networks that ops compute: batch norms, each with what follows it
+(`norm_act`), depthwise and pointwise convolutions."""
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import fx, nn
@@ -68,18 +69,91 @@ class Layer:
         return {"fwd": forward, "bwd": backward, "both": forward + backward}[direction]
 
 
+@dataclass(frozen=True)
+class DepthwiseLayer:
+    """One kind of depthwise convolution, of [N, channels, height, width]."""
+
+    channels: int
+    height: int
+    width: int
+    kernel: int
+    stride: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.height}x{self.width}-k{self.kernel}-s{self.stride}"
+
+    @property
+    def elements(self) -> int:
+        """Values of one image."""
+        return self.channels * self.height * self.width
+
+
+@dataclass(frozen=True)
+class PointwiseLayer:
+    """One kind of convolution with a kernel of one pixel, of [N, inputs, height, width]."""
+
+    inputs: int
+    outputs: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.inputs}-{self.outputs}x{self.height}x{self.width}"
+
+    @property
+    def elements(self) -> int:
+        """Values of one image, on both sides."""
+        return (self.inputs + self.outputs) * self.height * self.width
+
+
+AnyLayer = TypeVar("AnyLayer", Layer, DepthwiseLayer, PointwiseLayer)
+
+
+def depthwise_layers(network: str, image_size: int = 224) -> Counter[DepthwiseLayer]:
+    """The depthwise convolutions of a network, like `layers`."""
+    return Counter(
+        DepthwiseLayer(*shape, conv.kernel_size[0], conv.stride[0])
+        for conv, shape in _convolutions(network, image_size)
+        if conv.groups == conv.in_channels
+    )
+
+
+def pointwise_layers(network: str, image_size: int = 224) -> Counter[PointwiseLayer]:
+    """The convolutions of a network with a kernel of one pixel, stride 1, like `layers`."""
+    return Counter(
+        PointwiseLayer(inputs, conv.out_channels, *size)
+        for conv, (inputs, *size) in _convolutions(network, image_size)
+        if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
+    )
+
+
 def layers(network: str, image_size: int = 224) -> Counter[Layer]:
     """The layers of a network for images of that size, in the order of execution, with counts."""
-    with torch.device("meta"):
-        traced = fx.symbolic_trace(NETWORKS[network]())
-        ShapeProp(traced).propagate(torch.empty(2, 3, image_size, image_size))
+    traced = _traced(network, image_size)
     return Counter(_layer(traced, node) for node in traced.graph.nodes if _is_norm(traced, node))
 
 
-def largest(counts: Counter[Layer], number: int) -> Counter[Layer]:
+def largest(counts: Counter[AnyLayer], number: int) -> Counter[AnyLayer]:
     """The layers with most of a network's values."""
     chosen = sorted(counts, key=lambda layer: layer.elements * counts[layer], reverse=True)
     return Counter({layer: counts[layer] for layer in chosen[:number]})
+
+
+def _convolutions(network: str, image_size: int) -> Iterator[tuple[nn.Conv2d, torch.Size]]:
+    """With the shape of an image in front of each."""
+    traced = _traced(network, image_size)
+    for node in traced.graph.nodes:
+        conv = _module(traced, node)
+        if isinstance(conv, nn.Conv2d):
+            (source,) = node.all_input_nodes
+            yield conv, source.meta["tensor_meta"].shape[1:]
+
+
+def _traced(network: str, image_size: int) -> fx.GraphModule:
+    with torch.device("meta"):
+        traced = fx.symbolic_trace(NETWORKS[network]())
+        ShapeProp(traced).propagate(torch.empty(2, 3, image_size, image_size))
+    return traced
 
 
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -49,6 +50,32 @@ def keep_freed_memory() -> str:
         return "default"
     done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)
     return "M_MMAP_MAX=0 M_TRIM_THRESHOLD=-1" if done else "default"
+
+
+def make_bfloat16_work() -> str:
+    """Keep oneDNN off instructions that this machine announces and refuses, and say so.
+
+    To be called before the first convolution of the process.
+    """
+    for isa in ("", "AVX512_CORE_BF16", "AVX512_CORE"):
+        setting = {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
+        environment = {**os.environ, **setting}
+        probe = [sys.executable, "-c", _BFLOAT16_PROBE]
+        if subprocess.run(probe, env=environment, capture_output=True).returncode == 0:
+            os.environ.update(setting)
+            return f"ONEDNN_MAX_CPU_ISA={isa}" if isa else "default"
+    raise RuntimeError("no bfloat16 convolution runs on this machine")
+
+
+_BFLOAT16_PROBE = """
+import torch
+from torch import nn
+layers = [nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(64 * 36, 64)]
+network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+with torch.autocast("cpu", torch.bfloat16):
+    images = torch.randn(8, 16, 8, 8).to(memory_format=torch.channels_last)
+    network(images).float().sum().backward()
+"""
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -256,6 +256,54 @@ def _cell(values: Mapping[str, float | None] | None) -> str:
     return f"{seconds / scale:.2f} {unit:<2} {'' if ratio is None else f'{ratio:.2f}×':>7}"
 
 
+_PASSES = ("widest", "narrowest", "architecture")
+
+
+def render_iterations(cases: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """What `iteration.py` found: a section for each case."""
+    caption = (
+        "×: time over ours, median over sweeps. calls: operators that reach a device's kernels; "
+        "reads: waits of the host for numbers. Passes: forward + backward, ms. Memory: most that "
+        "tensors take beyond weights and optimiser state, in the iteration, in the architecture "
+        "pass, in a training pass of the plain network. conv, norm: shares of the operators' time."
+    )
+    table = Table(title=title, caption=caption, caption_justify="left")
+    table.add_column("case", overflow="fold", max_width=24)
+    table.add_column("rival")
+    columns = ("ms", "×", "images/s", "calls", "reads", *_PASSES)
+    for name in (*columns, "MB", "arch. MB", "plain MB", "conv", "norm"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in cases:
+        label = "{model}, stage {stage}, batch {batch}, {size}x{size}, {dtype}".format(**case)
+        plain = f"{case['plain_peak_bytes'] / 1e6:.1f}"
+        for number, (name, row) in enumerate(case["rivals"].items()):
+            table.add_row("" if number else label, name, *_iteration_cells(row, plain))
+        table.add_section()
+    return table
+
+
+def _iteration_cells(row: Mapping[str, Any], plain: str) -> tuple[str, ...]:
+    ratio, found = row["over_ours"], row["passes"]
+    times = [found.get(name) for name in _PASSES]
+    architecture = found.get("architecture")
+    return (
+        f"{1e3 * row['seconds']:.0f}",
+        "" if ratio is None else f"{ratio:.2f}",
+        f"{row['images_per_second']:.1f}",
+        f"{row['calls']:,}",
+        f"{row['host_reads']}",
+        *(
+            "" if t is None else f"{1e3 * t['forward']:.0f} + {1e3 * t['backward']:.0f}"
+            for t in times
+        ),
+        f"{row['peak_bytes'] / 1e6:.1f}",
+        "" if architecture is None else f"{architecture['peak_bytes'] / 1e6:.1f}",
+        plain,
+        f"{row['kinds']['convolution']:.0%}",
+        f"{row['kinds']['norm and activation']:.0%}",
+    )
+
+
 def print_table(table: Table) -> None:
     """On stdout; wide enough for its columns where that is not a terminal."""
     Console(markup=False, width=None if sys.stdout.isatty() else 200).print(table)

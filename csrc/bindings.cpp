@@ -8,8 +8,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/depthwise.h"
 #include "cpu/expected_cost.h"
+#include "cpu/isa.h"
 #include "cpu/norm_act.h"
+#include "cpu/pointwise.h"
 #include "cpu/retain.h"
 #ifdef DMCP_WITH_CUDA
 #include "cuda/expected_cost.h"
@@ -199,6 +202,65 @@ void norm_act_train_backward_cpu(int64_t batch, int64_t channels, int64_t pixels
                output(grad_x, grad_x_pitch));
 }
 
+dmcp::cpu::Depthwise depthwise_of(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                  int kernel, int stride, int dtype) {
+  return {batch, channels, height, width, kernel, stride, static_cast<dmcp::DType>(dtype)};
+}
+
+void depthwise_cpu(int64_t batch, int64_t channels, int64_t height, int64_t width, int kernel,
+                   int stride, int dtype, Address x, int64_t x_pitch, Address weight, Address y,
+                   int64_t y_pitch, const std::string& isa) {
+  const dmcp::cpu::Depthwise conv =
+      depthwise_of(batch, channels, height, width, kernel, stride, dtype);
+  dmcp::cpu::depthwise_kernels(isa, conv.dtype)
+      .forward(conv, input(x, x_pitch), at<const void>(weight), output(y, y_pitch));
+}
+
+void depthwise_grad_input_cpu(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                              int kernel, int stride, int dtype, Address grad, int64_t grad_pitch,
+                              Address weight, Address grad_x, int64_t grad_x_pitch,
+                              const std::string& isa) {
+  const dmcp::cpu::Depthwise conv =
+      depthwise_of(batch, channels, height, width, kernel, stride, dtype);
+  dmcp::cpu::depthwise_kernels(isa, conv.dtype)
+      .grad_input(conv, input(grad, grad_pitch), at<const void>(weight),
+                  output(grad_x, grad_x_pitch));
+}
+
+void depthwise_grad_weight_cpu(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                               int kernel, int stride, int dtype, Address grad, int64_t grad_pitch,
+                               Address x, int64_t x_pitch, Address grad_weight,
+                               const std::string& isa) {
+  const dmcp::cpu::Depthwise conv =
+      depthwise_of(batch, channels, height, width, kernel, stride, dtype);
+  dmcp::cpu::depthwise_kernels(isa, conv.dtype)
+      .grad_weight(conv, input(grad, grad_pitch), input(x, x_pitch), at<void>(grad_weight));
+}
+
+void pointwise_cpu(int64_t rows, int64_t inputs, int64_t outputs, Address x, int64_t x_pitch,
+                   Address weight, int64_t weight_pitch, Address y, int64_t y_pitch,
+                   const std::string& isa) {
+  dmcp::cpu::pointwise_kernels(isa).forward({rows, inputs, outputs}, input(x, x_pitch),
+                                            {at<const float>(weight), weight_pitch},
+                                            output(y, y_pitch));
+}
+
+void pointwise_grad_input_cpu(int64_t rows, int64_t inputs, int64_t outputs, Address grad,
+                              int64_t grad_pitch, Address weight, int64_t weight_pitch,
+                              Address grad_x, int64_t grad_x_pitch, const std::string& isa) {
+  dmcp::cpu::pointwise_kernels(isa).grad_input({rows, inputs, outputs}, input(grad, grad_pitch),
+                                               {at<const float>(weight), weight_pitch},
+                                               output(grad_x, grad_x_pitch));
+}
+
+void pointwise_grad_weight_cpu(int64_t rows, int64_t inputs, int64_t outputs, Address grad,
+                               int64_t grad_pitch, Address x, int64_t x_pitch, Address into,
+                               int64_t into_pitch, bool add, const std::string& isa) {
+  dmcp::cpu::pointwise_kernels(isa).grad_weight({rows, inputs, outputs}, input(grad, grad_pitch),
+                                                input(x, x_pitch), {at<float>(into), into_pitch},
+                                                add);
+}
+
 #ifdef DMCP_WITH_CUDA
 cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
@@ -315,6 +377,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("norm_act_grad_cpu", &norm_act_grad_cpu, no_gil);
   m.def("norm_act_train_cpu", &norm_act_train_cpu, no_gil);
   m.def("norm_act_train_backward_cpu", &norm_act_train_backward_cpu, no_gil);
+  m.def("depthwise_cpu", &depthwise_cpu, no_gil);
+  m.def("depthwise_grad_input_cpu", &depthwise_grad_input_cpu, no_gil);
+  m.def("depthwise_grad_weight_cpu", &depthwise_grad_weight_cpu, no_gil);
+  m.def("pointwise_cpu", &pointwise_cpu, no_gil);
+  m.def("pointwise_grad_input_cpu", &pointwise_grad_input_cpu, no_gil);
+  m.def("pointwise_grad_weight_cpu", &pointwise_grad_weight_cpu, no_gil);
 #ifdef DMCP_WITH_CUDA
   m.def("retain_cuda", &retain_cuda, no_gil);
   m.def("retain_backward_cuda", &retain_backward_cuda, no_gil);

@@ -229,6 +229,88 @@ def norm_act_train_backward_cpu(
     sums: int,
     isa: str,
 ) -> None: ...
+def depthwise_cpu(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: int,
+    x: int,
+    x_pitch: int,
+    weight: int,
+    y: int,
+    y_pitch: int,
+    isa: str,
+) -> None: ...
+def depthwise_grad_input_cpu(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: int,
+    grad: int,
+    grad_pitch: int,
+    weight: int,
+    grad_x: int,
+    grad_x_pitch: int,
+    isa: str,
+) -> None: ...
+def depthwise_grad_weight_cpu(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: int,
+    grad: int,
+    grad_pitch: int,
+    x: int,
+    x_pitch: int,
+    grad_weight: int,
+    isa: str,
+) -> None: ...
+def pointwise_cpu(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    x: int,
+    x_pitch: int,
+    weight: int,
+    weight_pitch: int,
+    y: int,
+    y_pitch: int,
+    isa: str,
+) -> None: ...
+def pointwise_grad_input_cpu(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    grad: int,
+    grad_pitch: int,
+    weight: int,
+    weight_pitch: int,
+    grad_x: int,
+    grad_x_pitch: int,
+    isa: str,
+) -> None: ...
+def pointwise_grad_weight_cpu(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    grad: int,
+    grad_pitch: int,
+    x: int,
+    x_pitch: int,
+    into: int,
+    into_pitch: int,
+    add: bool,
+    isa: str,
+) -> None: ...
 def norm_workspace_cuda(
     batch: int, channels: int, pixels: int, channels_last: bool, dtype: int
 ) -> int: ...

@@ -13,10 +13,9 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/tensors.h"
 
 namespace dmcp {
-
-enum class DType : int { float32, bfloat16, float16, float64 };
 
 enum class Act : int { identity, relu, relu6, hardswish, silu };
 
@@ -34,14 +33,6 @@ struct Shape {
   DType dtype;
 
   int64_t count() const { return batch * pixels; }  // values per channel
-};
-
-// One tensor of a call. Its pitch is the distance in elements from one pixel to the next where
-// channels come last, else from one sample to the next: channels may be a prefix of a wider buffer.
-template <typename Data>
-struct Pitched {
-  Data* data;
-  int64_t pitch;
 };
 
 // Per-channel arrays, float (double for DType::float64); nullptr: weight 1, bias 0, scale 1.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 #include "common/norm_act.h"
 
@@ -26,9 +25,6 @@ struct NormActKernels {
   void (*grad)(const Shape&, const Affine&, Act, const void* sums, double count,
                Pitched<const void> grad, Pitched<const void> x, Pitched<void> grad_x);
 };
-
-// Names of the instruction sets that this machine can run, the best one last.
-std::vector<std::string> isas();
 
 // The kernels for activations of this dtype. Throws std::invalid_argument if `isa` is none of
 // isas().

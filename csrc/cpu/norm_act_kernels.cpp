@@ -1,29 +1,13 @@
-// The kernels of norm_act for one instruction set. CMake compiles this file once per set, each time
-// with its own name for the table at the end, DMCP_NORM_ACT_KERNELS; where a set adds instructions
-// for bfloat16 alone, with DMCP_BFLOAT16_ONLY, as what it serves. To keep code of one set out of
-// the others, everything else has internal linkage, and no template of the standard library is
-// used.
+// The kernels of norm_act for one instruction set (see kernels.h).
 
 #include "cpu/simd.h"  // first: declares exponential() of vectors, for common/norm_act.h
 
-#include <cstdlib>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "cpu/kernels.h"
 #include "cpu/norm_act.h"
 
 // The compiler may take the condition for granted.
 #define DMCP_ASSUME(condition) \
   if (!(condition)) __builtin_unreachable()
-
-// Before a loop: its iterations do not meet in memory, which its pointers do not tell.
-#ifdef __clang__
-#define DMCP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define DMCP_INDEPENDENT _Pragma("GCC ivdep")
-#endif
 
 namespace dmcp {
 namespace {
@@ -38,102 +22,7 @@ constexpr int64_t kBlockRows = 32;  // at least: the sums of a block must be few
 constexpr int64_t kAddends = 256;   // at most, to one sum in float; sums of sums are in double
 constexpr int64_t kFewColumns = kBlockElements / kAddends;  // at least, where rows can be folded
 
-// Below this many elements a parallel region costs more than it saves.
-constexpr int64_t kParallelElements = 32768;
-
-// Bodies capture by value: a store could change what is captured by reference, as far as the
-// compiler can tell, and it would read that again after each.
-//
-// A second pass goes backwards: what the first one read last is still in the cache of its thread.
-enum class Direction { forwards, backwards };
-
-template <typename Body>
-void for_blocks(int64_t blocks, int64_t elements, Direction direction, const Body& body) {
-#ifdef _OPENMP
-#pragma omp parallel if (blocks > 1 && elements >= kParallelElements)
-#endif
-  {
-#ifdef _OPENMP
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-#else
-    const int64_t threads = 1, thread = 0;
-#endif
-    const int64_t begin = blocks * thread / threads, end = blocks * (thread + 1) / threads;
-    for (int64_t i = begin; i < end; ++i)
-      body(direction == Direction::forwards ? i : begin + end - 1 - i);
-  }
-}
-
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t blocks_of(int64_t items, int64_t per_block) {
-  return (items + per_block - 1) / per_block;
-}
-
-// Memory that a thread keeps for its next call; a call takes all it needs at once.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-
-  template <typename S>
-  S* take(int64_t elements) {
-    const size_t bytes = static_cast<size_t>(elements) * sizeof(S);
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(64, size_);
-      if (!data_) std::abort();
-    }
-    return static_cast<S*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 thread_local Scratch scratch;
-
-// --- A vector, or the part of one that is left at the end of a row
-// --------------------------------
-
-struct Whole {};
-struct Part {
-  int lanes;
-};
-
-template <typename T>
-DMCP_HOST_DEVICE auto load(const T* p, Whole) {
-  return load(p);
-}
-template <typename T>
-DMCP_HOST_DEVICE auto load(const T* p, Part part) {
-  return load(p, part.lanes);
-}
-template <typename T, typename V>
-DMCP_HOST_DEVICE void store(T* p, V v, Whole) {
-  store(p, v);
-}
-template <typename T, typename V>
-DMCP_HOST_DEVICE void store(T* p, V v, Part part) {
-  store(p, v, part.lanes);
-}
-
-// What may be summed: lanes that hold no value are 0.
-template <typename S>
-DMCP_HOST_DEVICE Vector<S> valid(Vector<S> v, Whole) {
-  return v;
-}
-template <typename S>
-DMCP_HOST_DEVICE Vector<S> valid(Vector<S> v, Part part) {
-  for (int lane = part.lanes; lane < kLanes<S>; ++lane) v[lane] = S(0);
-  return v;
-}
-
-template <int64_t count>
-struct Count {
-  static constexpr int64_t value = count;
-};
 
 // --- Channels last: a matrix with a column per channel
 // --------------------------------------------
@@ -726,30 +615,6 @@ void grad_channels_first(const Shape& shape, const Affine& affine, const void* s
 // --- From run time to compile time
 // ----------------------------------------------------------------
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename Call>
-void with_dtype(DType dtype, const Call& call) {
-#ifdef DMCP_BFLOAT16_ONLY
-  (void)dtype;
-  return call(Type<BFloat16>{});
-#else
-  switch (dtype) {
-    case DType::float32:
-      return call(Type<float>{});
-    case DType::bfloat16:
-      return call(Type<BFloat16>{});
-    case DType::float16:
-      return call(Type<Float16>{});
-    case DType::float64:
-      return call(Type<double>{});
-  }
-#endif
-}
-
 template <Act act>
 struct ActConstant {
   static constexpr Act value = act;
@@ -769,15 +634,6 @@ void with_act(Act act, const Call& call) {
     case Act::silu:
       return call(ActConstant<Act::silu>{});
   }
-}
-
-template <typename T>
-Pitched<const T> of(Pitched<const void> tensor) {
-  return {static_cast<const T*>(tensor.data), tensor.pitch};
-}
-template <typename T>
-Pitched<T> of(Pitched<void> tensor) {
-  return {static_cast<T*>(tensor.data), tensor.pitch};
 }
 
 // --- The table
@@ -881,8 +737,8 @@ void grad(const Shape& shape, const Affine& given, Act act, const void* sums, do
 
 namespace cpu {
 
-extern const NormActKernels DMCP_NORM_ACT_KERNELS;
-const NormActKernels DMCP_NORM_ACT_KERNELS = {stats, forward, sums, grad};
+extern const NormActKernels DMCP_KERNELS;
+const NormActKernels DMCP_KERNELS = {stats, forward, sums, grad};
 
 }  // namespace cpu
 }  // namespace dmcp

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dmcp.nn.chain import MarkovChain
+from dmcp.ops.layout import prefix
 
 
 class Axis(Protocol):
@@ -69,6 +71,63 @@ def select(tensor: Tensor | None, dim: int, keep: slice | Tensor | None) -> Tens
     if isinstance(keep, slice):
         return tensor.narrow(dim, 0, keep.stop)
     return tensor.index_select(dim, keep.to(tensor.device))
+
+
+def length(keep: slice | Tensor) -> int:
+    """How many positions are kept."""
+    return int(keep.stop) if isinstance(keep, slice) else len(keep)
+
+
+@overload
+def cut(parameter: Tensor, *keeps: slice | Tensor | None, accumulates: bool = ...) -> Tensor: ...
+@overload
+def cut(parameter: None, *keeps: slice | Tensor | None, accumulates: bool = ...) -> None: ...
+def cut(
+    parameter: Tensor | None, *keeps: slice | Tensor | None, accumulates: bool = False
+) -> Tensor | None:
+    """The part of a parameter that the axes of its first dimensions keep.
+
+    Args:
+        parameter: a leaf, or None.
+        keeps: for each of the first dimensions.
+        accumulates: the backward adds the gradient of a prefix to ``parameter.grad``, if there is
+            one, and autograd does not see it. Else autograd fills a tensor of the full size.
+    """
+    if parameter is None or all(keep is None for keep in keeps):
+        return parameter
+    if accumulates and parameter.requires_grad and parameter.grad is not None:
+        lengths = prefix_lengths(parameter, keeps)
+        if lengths is not None:
+            return _Prefix.apply(parameter, lengths)
+    part = parameter
+    for dim, keep in enumerate(keeps):
+        part = select(part, dim, keep)
+    return part
+
+
+def prefix_lengths(
+    tensor: Tensor, keeps: Sequence[slice | Tensor | None]
+) -> tuple[int, ...] | None:
+    """How much of the first dimensions is kept; None if that is not a prefix of each."""
+    if any(isinstance(keep, Tensor) for keep in keeps):
+        return None
+    return tuple(
+        size if keep is None else keep.stop  # type: ignore[union-attr]
+        for size, keep in zip(tensor.shape, keeps, strict=False)
+    )
+
+
+class _Prefix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        ctx.parameter, ctx.lengths = parameter, lengths
+        return prefix(parameter, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        prefix(ctx.parameter.grad, ctx.lengths).add_(gradient)
+        return None, None
 
 
 def scale_channels(x: Tensor, mask: Tensor | None, keep: slice | Tensor | None, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,25 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 """The activations that `dmcp.ops.norm_act` computes in the same pass, by their modules."""
 
 
+class NormPass(NamedTuple):
+    """What a norm computes in one pass, from the state of its chain.
+
+    Attributes:
+        keep: the channels that take part, None for all.
+        scale: their mask, None for 1.
+        mean, var: their statistics: those to update if ``training``, else those to use.
+        training: whether the statistics of the batch are used.
+        momentum: weight of the batch in the running statistics.
+    """
+
+    keep: slice | Tensor | None
+    scale: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    training: bool
+    momentum: float
+
+
 class MarkovBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` over the channels that its axis keeps, its activation, times the mask.
 
@@ -41,6 +60,8 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     Attributes:
         tracks: False while this is a part of a sub-network or a masked network although its own
             axis is whole.
+        fused: True while the convolution in front computes all of this, which then passes its input
+            on.
         sync_world: the processes whose batch statistics are joined in training, None for this one's
             alone; `dmcp.train.synchronise_batch_norm` sets it.
     """
@@ -63,6 +84,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         self.act: Activation = act
         self.masks = masks
         self.tracks = True
+        self.fused = False
         self.sync_world: World | None = None
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None] = (chain,)
@@ -78,7 +100,40 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
             residual: of the shape of ``x``.
             residual_place: ``"before"`` or ``"after"`` the activation.
         """
+        return x if self.fused else self.normalise(x, residual, residual_place)
+
+    def normalise(
+        self, x: Tensor, residual: Tensor | None, residual_place: ResidualPlace
+    ) -> Tensor:
+        """What `forward` computes while nothing in front of this module does."""
         self._check_input_dim(x)
+        now = self.now()
+        weight, bias = select(self.weight, 0, now.keep), select(self.bias, 0, now.keep)
+        dtype = stats_dtype(x) if weight is None else weight.dtype
+        options: dict[str, Any] = {
+            "scale": None if now.scale is None else now.scale.to(dtype),
+            "residual": residual,
+            "residual_place": residual_place,
+            "act": self.act,
+            "running_mean": now.mean,
+            "running_var": now.var,
+            "training": now.training,
+            "momentum": now.momentum,
+            "eps": self.eps,
+        }
+        if self.is_synchronised:
+            return norm_act(x, weight, bias, synchronised=True, **options)
+        # A network that is in half precision throughout is left to PyTorch's own kernels.
+        compute = norm_act if dtype == stats_dtype(x) else norm_act_reference
+        return compute(x, weight, bias, **options)
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether several processes join their statistics."""
+        return self.sync_world is not None and self.sync_world.size > 1
+
+    def now(self) -> NormPass:
+        """What a pass computes now; counts the batch if it moves the running statistics."""
         axis = self._axes[0]
         keep = axis.keep() if axis is not None else None
         mask = axis.mask if axis is not None else None
@@ -86,25 +141,14 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         momentum = self._momentum() if whole else 0.0
         own_stats = self.track_running_stats if self.training and whole else not self.training
         mean, var = (self.running_mean, self.running_var) if own_stats else (None, None)
-        weight, bias = select(self.weight, 0, keep), select(self.bias, 0, keep)
-        dtype = stats_dtype(x) if weight is None else weight.dtype
-        scale = select(mask, 0, keep) if self.masks else None
-        options: dict[str, Any] = {
-            "scale": None if scale is None else scale.to(dtype),
-            "residual": residual,
-            "residual_place": residual_place,
-            "act": self.act,
-            "running_mean": select(mean, 0, keep),
-            "running_var": select(var, 0, keep),
-            "training": self.training or mean is None,
-            "momentum": momentum,
-            "eps": self.eps,
-        }
-        if self.sync_world is not None and self.sync_world.size > 1:
-            return norm_act(x, weight, bias, synchronised=True, **options)
-        # A network that is in half precision throughout is left to PyTorch's own kernels.
-        compute = norm_act if dtype == stats_dtype(x) else norm_act_reference
-        return compute(x, weight, bias, **options)
+        return NormPass(
+            keep,
+            select(mask, 0, keep) if self.masks else None,
+            select(mean, 0, keep),
+            select(var, 0, keep),
+            self.training or mean is None,
+            momentum,
+        )
 
     def _momentum(self) -> float:
         """Weight of this batch in the running statistics; counts the batch."""

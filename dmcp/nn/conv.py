@@ -8,11 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmcp.backends import accelerated
 from dmcp.errors import ConfigError
-from dmcp.nn.axis import Axis, scale_channels, select
+from dmcp.nn.axis import Axis, cut, length, prefix_lengths, scale_channels
 from dmcp.nn.batchnorm import ACTIVATIONS, MarkovBatchNorm2d
 from dmcp.nn.chain import MarkovChain
 from dmcp.ops import ResidualPlace
+from dmcp.ops.conv_norm_act import Norm, conv_norm_act
+from dmcp.ops.convolution import Convolution
+from dmcp.ops.norm_act import Options
+from dmcp.ops.norm_act_eager import stats_dtype
 
 
 class MarkovConv2d(nn.Conv2d):
@@ -33,6 +38,10 @@ class MarkovConv2d(nn.Conv2d):
         norm: a batch norm to own; becomes a `MarkovBatchNorm2d` on the same weights.
         act: an activation to own. Behind a norm, one of `dmcp.nn.batchnorm.ACTIVATIONS` becomes
             part of it.
+
+    Attributes:
+        accumulates: True while gradients of weights are added to ``.grad`` by the backward itself,
+            where a norm is computed along; see `MarkovNet.accumulating`.
 
     Shape: [N, C_in or fewer, H, W] -> [N, ``chain.width``, H', W'].
 
@@ -90,10 +99,15 @@ class MarkovConv2d(nn.Conv2d):
         fused = ACTIVATIONS.get(type(act)) if norm is not None and act is not None else None
         self.act = None if fused is not None else act
         self.norm = None
+        # In a tuple, as it may be registered elsewhere: see `lead`.
+        self._norms: tuple[MarkovBatchNorm2d | None] = (None,)
+        self._geometry = self._geometry_of_kernels()
         if norm is not None:
             self.norm = _follow(norm, chain, out_channels, masks=self.act is None)
             self.norm.act = fused or "identity"
+            self._norms = (self.norm,)
         self.masks = self.norm is None or not self.norm.masks
+        self.accumulates = False
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, residual_place: ResidualPlace = "before"
@@ -108,42 +122,108 @@ class MarkovConv2d(nn.Conv2d):
         Raises:
             ConfigError: a residual, but no norm or an activation that is not part of it.
         """
-        if residual is not None and (self.norm is None or self.act is not None):
+        (norm,) = self._norms
+        if residual is not None and (norm is None or self.act is not None):
             raise ConfigError("a residual needs a norm, with an activation that it computes")
         axis = self._axes[1]
         keep = axis.keep() if axis is not None else None
-        y = self._convolve(x, keep)
-        if self.norm is not None:
-            y = self.norm(y, residual, residual_place)
+        if norm is None:
+            y = self._convolve(x, keep)
+        elif self._can_fuse(x, norm):
+            y = self._with_norm(x, norm, residual, residual_place == "before")
+        else:
+            y = norm.normalise(self._convolve(x, keep), residual, residual_place)
         if self.act is not None:
             y = self.act(y)
         mask = axis.mask if axis is not None and self.masks else None
         return scale_channels(y, mask, keep, y.ndim - 3)
 
+    def lead(self, norm: MarkovBatchNorm2d) -> None:
+        """Compute also what a norm that is registered elsewhere computes, which then passes its
+        input on. The norm must follow the same chain and read nothing but this module's output,
+        which nothing else may read."""
+        self._norms = (norm,)
+        norm.fused = True
+
+    def _geometry_of_kernels(self) -> Convolution | None:
+        """What the kernels of `conv_norm_act` are told; None if they cannot compute this."""
+        depthwise = self.groups == self.in_channels == self.out_channels > 1
+        if self.bias is not None or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        if self.groups != 1 and not depthwise:
+            return None
+        kernel, stride, dilation = self.kernel_size, self.stride, self.dilation
+        return Convolution(kernel, stride, self.padding, dilation, depthwise)  # type: ignore[arg-type]
+
+    def _can_fuse(self, x: Tensor, norm: MarkovBatchNorm2d) -> bool:
+        return (
+            self._geometry is not None
+            and accelerated()
+            and norm.training
+            and not norm.is_synchronised
+            and x.ndim == 4
+            and x.numel() > 0
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and self.weight.dtype == stats_dtype(x)
+        )
+
+    def _with_norm(
+        self, x: Tensor, norm: MarkovBatchNorm2d, residual: Tensor | None, before: bool
+    ) -> Tensor:
+        assert self._geometry is not None
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        now = norm.now()
+        parameters: tuple[Tensor | None, ...] = (self.weight, norm.weight, norm.bias)
+        keeps, widths = (now.keep, self._inputs(x, now.keep)), None
+        if self.accumulates and all(map(_may_accumulate, parameters)):
+            widths = prefix_lengths(self.weight, keeps)
+        if widths is None:
+            parameters = tuple(p if p is None else cut(p, *keeps[: p.ndim]) for p in parameters)
+        options = Options(now.momentum, norm.eps, norm.act, before)
+        scale = None if now.scale is None else now.scale.to(self.weight.dtype)
+        weight, gain, bias = parameters
+        assert weight is not None
+        tensors = Norm(gain, bias, scale, residual, now.mean, now.var)
+        return conv_norm_act(x, weight, tensors, self._geometry, options, widths)
+
     def _convolve(self, x: Tensor, keep: slice | Tensor | None) -> Tensor:
-        bias = select(self.bias, 0, keep)
-        weight, groups = select(self.weight, 0, keep), self.groups
-        if groups == 1:
-            weight = self._select_inputs(weight, x)
-        elif groups == self.in_channels:
-            groups = x.shape[1]
-            if weight.shape[0] * self.in_channels != self.out_channels * groups:
-                raise ConfigError(
-                    f"a depthwise convolution that gets {groups} channels cannot make "
-                    f"{weight.shape[0]}: it must share the chain of what produces its input"
-                )
-        elif keep is not None or x.shape[1] != self.in_channels:
-            raise ConfigError(f"a convolution with groups={groups} cannot be narrowed")
+        inputs = self._inputs(x, keep)
+        weight = cut(self.weight, keep, inputs, accumulates=self.accumulates)
+        bias = cut(self.bias, keep, accumulates=self.accumulates)
+        groups = x.shape[-3] if self.groups == self.in_channels else self.groups
         if self.padding_mode == "zeros":
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
         padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, groups)
 
-    def _select_inputs(self, weight: Tensor, x: Tensor) -> Tensor:
-        axis = self._axes[0]
-        if axis is not None:
-            return select(weight, 1, axis.keep())
-        return weight if x.shape[1] == self.in_channels else weight[:, : x.shape[1]]
+    def _inputs(self, x: Tensor, outputs: slice | Tensor | None) -> slice | Tensor | None:
+        """What is kept of the weight's inputs, for the channels of x.
+
+        Raises:
+            ConfigError: the kept outputs cannot be made from these channels.
+        """
+        channels = x.shape[-3]
+        if self.groups == 1:
+            axis = self._axes[0]
+            if axis is not None:
+                return axis.keep()
+            return None if channels == self.in_channels else slice(0, channels)
+        if self.groups == self.in_channels:
+            kept = self.out_channels if outputs is None else length(outputs)
+            if kept * self.in_channels != self.out_channels * channels:
+                raise ConfigError(
+                    f"a depthwise convolution that gets {channels} channels cannot make {kept}: it "
+                    "must share the chain of what produces its input"
+                )
+        elif outputs is not None or channels != self.in_channels:
+            raise ConfigError(f"a convolution with groups={self.groups} cannot be narrowed")
+        return None
+
+
+def _may_accumulate(parameter: Tensor | None) -> bool:
+    return parameter is None or not parameter.requires_grad or parameter.grad is not None
 
 
 def _follow(

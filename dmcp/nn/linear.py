@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
-from dmcp.nn.axis import Axis, scale_channels, select
+from dmcp.nn.axis import Axis, cut, scale_channels
 from dmcp.nn.chain import MarkovChain
 
 
@@ -23,6 +23,10 @@ class MarkovLinear(nn.Linear):
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
         chain: ``"own"``, another module's chain, or None for a fixed number of outputs.
         chain_groups, divisor, min_width, start: of its own chain, see `MarkovChain`.
+
+    Attributes:
+        accumulates: True while gradients of parts of the parameters are added to ``.grad`` by the
+            backward itself, see `dmcp.nn.axis.cut`.
 
     Shape: [..., in_features or fewer] -> [..., ``chain.width``].
 
@@ -57,15 +61,16 @@ class MarkovLinear(nn.Linear):
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None, Axis | None] = (None, chain)
         self.masks = True
+        self.accumulates = False
 
     def forward(self, x: Tensor) -> Tensor:
         inputs, outputs = self._axes
         keep = outputs.keep() if outputs is not None else None
-        bias = None if self.bias is None else select(self.bias, 0, keep)
-        weight = select(self.weight, 0, keep)
         if inputs is not None:
-            weight = select(weight, 1, inputs.keep())
-        elif x.shape[-1] != self.in_features:
-            weight = weight[:, : x.shape[-1]]
+            taken = inputs.keep()
+        else:
+            taken = None if x.shape[-1] == self.in_features else slice(0, x.shape[-1])
+        weight = cut(self.weight, keep, taken, accumulates=self.accumulates)
+        bias = cut(self.bias, keep, accumulates=self.accumulates)
         mask = outputs.mask if outputs is not None and self.masks else None
         return scale_channels(F.linear(x, weight, bias), mask, keep, x.ndim - 1)

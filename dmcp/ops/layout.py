@@ -9,6 +9,7 @@ channels can be a prefix of a wider buffer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,8 +51,16 @@ def place_like(x: Tensor, other: Placed) -> Placed:
     if pitch is not None:
         return Placed(x, other.channels_last, pitch)
     if other.channels_last:
-        return Placed(x.movedim(1, -1).contiguous().movedim(-1, 1), True, x.shape[1])
+        return _dense_last(x)
     return Placed(x.contiguous(), False, math.prod(x.shape[1:]))
+
+
+def place_channels_last(x: Tensor) -> Placed:
+    """``x`` with its channels last; a dense copy where they are not."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return Placed(x, True, x.shape[1])
+    pitch = _pitch(x, True)
+    return _dense_last(x) if pitch is None else Placed(x, True, pitch)
 
 
 def empty_like(other: Placed) -> Placed:
@@ -60,6 +69,18 @@ def empty_like(other: Placed) -> Placed:
     if pitch == (x.shape[1] if channels_last else math.prod(x.shape[1:])):
         return Placed(torch.empty_like(x), channels_last, pitch)  # dense: keeps its strides
     return Placed(x.new_empty_strided(x.shape, x.stride()), channels_last, pitch)
+
+
+def prefix(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A view of the first part of the first dimensions; ``tensor`` itself where that is all."""
+    shape = (*lengths, *tensor.shape[len(lengths) :])
+    if shape == tensor.shape:
+        return tensor
+    return tensor.as_strided(shape, tensor.stride(), tensor.storage_offset())
+
+
+def _dense_last(x: Tensor) -> Placed:
+    return Placed(x.movedim(1, -1).contiguous().movedim(-1, 1), True, x.shape[1])
 
 
 def _pitch(x: Tensor, channels_last: bool) -> int | None:

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dmcp.backends import accelerated, native_cuda, native_module, triton_installed
 from dmcp.ops.layout import empty_like, place
-from dmcp.ops.library import register
+from dmcp.ops.library import op, register
 from dmcp.ops.norm_act_eager import (
     ACTIVATIONS,
     Activation,
@@ -102,7 +102,7 @@ def norm_act(
     if missing == 1 or (missing and not training):
         raise ValueError("running_mean and running_var must be given, both, unless training")
     if training:
-        _check_count(x, 1 if synchronised else 2)
+        check_count(x, 1 if synchronised else 2)
     alone = not (training and synchronised)
     if alone and (x.numel() == 0 or not accelerated()):  # kernels need not know empty batches
         return norm_act_reference(
@@ -119,7 +119,7 @@ def norm_act(
             momentum=momentum,
             eps=eps,
         )
-    options = _Options(momentum, eps, act, residual is not None and residual_place == "before")
+    options = Options(momentum, eps, act, residual is not None and residual_place == "before")
     if training and alone:
         if running_mean is not None and running_var is not None:
             # Ops do not count what they write; a backward that saved these has to notice.
@@ -137,7 +137,13 @@ def norm_act(
     )
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """What `norm_act` is told besides tensors.
+
+    Attributes:
+        before: whether a residual comes before the activation.
+    """
+
     momentum: float
     eps: float
     act: Activation
@@ -161,9 +167,9 @@ class _TrainNormAct(torch.autograd.Function):
         residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        options: _Options,
+        options: Options,
     ) -> Tensor:
-        y, moments = torch.ops.dmcp.norm_act_train.default(
+        y, moments = op("norm_act_train", x)(
             x, weight, bias, scale, residual, running_mean, running_var, *options
         )
         kept = residual if options.before else None
@@ -177,19 +183,47 @@ class _TrainNormAct(torch.autograd.Function):
         x, moments, weight, bias, scale, residual = ctx.saved_tensors
         _, eps, act, _ = ctx.options
         needed = ctx.needs_input_grad
-        if residual is None and needed[0]:
-            grad_x, sums = torch.ops.dmcp.norm_act_train_backward.default(
-                grad, x, moments, weight, bias, scale, eps, act
-            )
-            return _gradients(needed, grad_x, sums, grad)
-        mean, var = moments.unbind(0)
-        inputs = (x, mean, var, weight, bias, scale)
-        sums, seen, slope = _sums(grad, inputs, residual, eps, act)
-        grad_x = None
-        if needed[0]:
-            count = x.numel() / x.shape[1]
-            grad_x = torch.ops.dmcp.norm_act_grad.default(seen, *inputs, sums, count, eps, slope)
-        return _gradients(needed, grad_x, sums, seen)
+        return _gradients(
+            needed,
+            *train_gradients(
+                grad, x, moments, weight, bias, scale, residual, eps, act, wants_x=needed[0]
+            ),
+        )
+
+
+def train_gradients(
+    grad: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: Activation,
+    *,
+    wants_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of what ``dmcp::norm_act_train`` computes.
+
+    Args:
+        residual: if it comes before the activation.
+
+    Returns:
+        Those of x (None unless wanted), of bias, weight and scale [3, C], and of the residual.
+    """
+    if residual is None and wants_x:
+        grad_x, sums = op("norm_act_train_backward", x)(
+            grad, x, moments, weight, bias, scale, eps, act
+        )
+        return grad_x, sums, grad
+    inputs = (x, *moments.unbind(0), weight, bias, scale)
+    sums, seen, slope = _sums(grad, inputs, residual, eps, act)
+    if not wants_x:
+        return None, sums, seen
+    count = x.numel() / x.shape[1]
+    grad_x = torch.ops.dmcp.norm_act_grad.default(seen, *inputs, sums, count, eps, slope)
+    return grad_x, sums, seen
 
 
 class _NormAct(torch.autograd.Function):
@@ -206,7 +240,7 @@ class _NormAct(torch.autograd.Function):
         residual: Tensor | None,
         mean: Tensor,
         var: Tensor,
-        options: _Options,
+        options: Options,
         count: Tensor | None,
     ) -> Tensor:
         _, eps, act, before = options
@@ -322,7 +356,8 @@ def _check(x: Tensor, act: str, residual: Tensor | None, place: str, **vectors: 
             raise ValueError(f"{name} must be on {device} like x, got {vector.device}")
 
 
-def _check_count(x: Tensor, fewest: int) -> None:
+def check_count(x: Tensor, fewest: int) -> None:
+    """Raises ValueError if there are fewer values per channel than statistics need."""
     if x.numel() < fewest * max(x.shape[1], 1):
         raise ValueError(
             f"x must hold {fewest} or more values per channel in training, "

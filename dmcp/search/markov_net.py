@@ -27,12 +27,12 @@ from dmcp.nn import (
     MarkovLinear,
     width_choices,
 )
-from dmcp.nn.axis import scale_channels, select
+from dmcp.nn.axis import length, scale_channels, select
 from dmcp.nn.batchnorm import ACTIVATIONS
 from dmcp.nn.chain import scaled
 from dmcp.nn.conv import share_tensors
 from dmcp.ops import CostTable, ExpectedCost, expected_cost, retain
-from dmcp.search.mask_sites import MaskSites, fusable_activations, mask_sites
+from dmcp.search.mask_sites import MaskSites, fusable, mask_sites
 
 
 class MarkovNet(nn.Module):
@@ -97,12 +97,16 @@ class MarkovNet(nn.Module):
         )
         self._table = self.cost_table(())
         self._install(sites)
-        modules = self.model.modules()
+        modules = list(self.model.modules())
         self._norms = [module for module in modules if isinstance(module, MarkovBatchNorm2d)]
+        self._layers = [m for m in modules if isinstance(m, MarkovConv2d | MarkovLinear)]
         self._set_tracking()
 
+    # Compiled, every structure would be a program of its own, half a minute each; what a compiler
+    # would fuse is fused. Code around a net compiles, without a look at the widths.
+    @torch.compiler.disable
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """As the user's model."""
+        """As the user's model. ``torch.compile`` leaves it as it is."""
         if self._whole or not self._loose:
             return self.model(*inputs, **keywords)
         tensors = {name: loose.now(self.model) for name, loose in self._loose.items()}
@@ -159,6 +163,23 @@ class MarkovNet(nn.Module):
         finally:
             self._set_tracking()
 
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """While this context is open, forward passes decide that their backward adds the gradients
+        of weights straight to the ``.grad`` that these have, in a sub-network to a part of it,
+        where autograd would make one of the full size, mostly zeros, for each.
+
+        The gradients are the same. Autograd does not see them: ``torch.autograd.grad``, hooks of
+        parameters and ``DistributedDataParallel`` need passes outside.
+        """
+        try:
+            for layer in self._layers:
+                layer.accumulates = True
+            yield
+        finally:
+            for layer in self._layers:
+                layer.accumulates = False
+
     def cost_table(self, costs: Sequence[Cost]) -> CostTable:
         """What `expected_cost` needs to know about costs of ``graph``. Build it once."""
         return CostTable.of(
@@ -172,6 +193,11 @@ class MarkovNet(nn.Module):
         scale of every channel, the moments of the widths and, with a table of `cost_table`, mean
         and variance of its costs. Differentiable."""
         return expected_cost(torch.cat([*self.architecture_parameters()]), table or self._table)
+
+    def transitions(self) -> Tensor:
+        """p of all chains, concatenated in the order of the units: [T], without gradient."""
+        with torch.no_grad():
+            return torch.cat([*self.architecture_parameters()]).sigmoid()
 
     def retain(self) -> Tensor:
         """q of all chains, concatenated in the order of the units: [T], differentiable."""
@@ -210,8 +236,8 @@ class MarkovNet(nn.Module):
             norm.tracks = self._whole
         for size, axis in self._sizes:
             kept = axis.keep()
-            length = len(size.axis.unit) if kept is None else _length(kept)
-            size.set(self.model.get_submodule(size.module), length)
+            whole = len(size.axis.unit)
+            size.set(self.model.get_submodule(size.module), whole if kept is None else length(kept))
 
     def _install(self, sites: MaskSites) -> None:
         """Replace the modules that stand for one operator by ones that follow chains; scale the
@@ -228,11 +254,15 @@ class MarkovNet(nn.Module):
             follower = _follower(module, inputs, self._axis(axes.outputs), masks=masks)
             copies[id(module)] = followers[name] = follower
         placed = dict(sites.modules)
-        for norm, site in fusable_activations(graph.nodes).items():
+        joined = fusable(graph.nodes)
+        for norm, site in joined.activations.items():
             fused, module = followers.get(norm), original.get_submodule(site)
             if isinstance(fused, MarkovBatchNorm2d) and _fuse(fused, module):
                 copies[id(module)] = nn.Identity().train(module.training)
                 fused.masks = placed.pop(site, None) is not None or fused.masks
+        for conv, norm in joined.norms.items():
+            if conv not in placed:
+                _lead(followers.get(conv), followers.get(norm))
         self.model = copy.deepcopy(original, copies)
         for site, number in placed.items():
             ((dim, channels),) = graph.nodes[number].axes
@@ -339,10 +369,6 @@ class _Loose:
         return tensor
 
 
-def _length(kept: slice | Tensor) -> int:
-    return int(kept.stop) if isinstance(kept, slice) else len(kept)
-
-
 def _key(unit: str) -> str:
     """A unit's key in a ModuleDict, whose keys may not hold dots, nor be names it has itself."""
     key = unit.replace(".", "/")
@@ -378,11 +404,22 @@ _REPLACED = tuple(_ATTRIBUTES)
 def _fuse(norm: MarkovBatchNorm2d, module: nn.Module) -> bool:
     """Let a norm compute the activation behind it, if it can and nobody watches either."""
     act = ACTIVATIONS.get(type(module))
-    watched = any(vars(m)[key] for m in (norm, module) for key in vars(m) if "hooks" in key)
-    if act is None or watched:
+    if act is None or _are_watched(norm, module):
         return False
     norm.act = act
     return True
+
+
+def _lead(conv: nn.Module | None, norm: nn.Module | None) -> None:
+    """Let a convolution compute the norm behind it, if both can and nobody watches either."""
+    if not isinstance(conv, MarkovConv2d) or not isinstance(norm, MarkovBatchNorm2d):
+        return
+    if not _are_watched(conv, norm):
+        conv.lead(norm)
+
+
+def _are_watched(*modules: nn.Module) -> bool:
+    return any(vars(module)[key] for module in modules for key in vars(module) if "hooks" in key)
 
 
 def _can_follow(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dmcp.graph import Node
+from dmcp.graph.channel_graph import NodeKind
 
 
 @dataclass(frozen=True)
@@ -113,21 +114,37 @@ def _place(node: Node, number: int, sites: MaskSites) -> None:
         sites.missing.add(number)
 
 
-def fusable_activations(nodes: Sequence[Node]) -> dict[str, str]:
-    """Norm modules, each with the activation module that alone reads what the norm makes; both are
-    called once, so that the norm may compute the activation too."""
+@dataclass(frozen=True)
+class Fusable:
+    """Modules that are called once and whose output only the next one reads.
+
+    Attributes:
+        norms: convolution -> the norm behind it.
+        activations: norm -> the activation behind it.
+    """
+
+    norms: dict[str, str]
+    activations: dict[str, str]
+
+
+def fusable(nodes: Sequence[Node]) -> Fusable:
+    """Where one module may compute what the next ones do."""
     calls = Counter(node.module for node in nodes)
     readers: list[list[int]] = [[] for _ in nodes]
     for number, node in enumerate(nodes):
         for source in node.inputs:
             readers[source].append(number)
-    found: dict[str, str] = {}
-    for node, reading in zip(nodes, readers, strict=True):
-        if node.kind != "norm" or node.module is None or len(reading) != 1:
-            continue
-        reader = nodes[reading[0]]
-        if reader.kind != "activation" or reader.module is None:
-            continue
-        if calls[node.module] == calls[reader.module] == 1:
-            found[node.module] = reader.module
-    return found
+
+    def followed(first: tuple[NodeKind, ...], second: NodeKind) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for node, reading in zip(nodes, readers, strict=True):
+            if node.kind not in first or node.module is None or len(reading) != 1:
+                continue
+            reader = nodes[reading[0]]
+            if reader.kind != second or reader.module is None:
+                continue
+            if calls[node.module] == calls[reader.module] == 1:
+                found[node.module] = reader.module
+        return found
+
+    return Fusable(followed(("dense", "depthwise"), "norm"), followed(("norm",), "activation"))

@@ -7,6 +7,8 @@ from typing import Literal
 
 from dmcp.errors import ConfigError
 from dmcp.train.optim import Schedule
+from dmcp.train.parts import check_micro_batches
+from dmcp.train.precision import Precision, check_precision
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class SearchOptions:
         arch_optimizer: ``"adam"``, or ``"sgd"`` (Nesterov, momentum 0.9).
         arch_lr: learning rate of α over the steps after the warm-up.
         budget_loss, budget_weight, tolerance: see `BudgetLoss`.
+        precision: of activations and their gradients, see `dmcp.train.precision.MixedPrecision`.
+        micro_batches: parts in which a batch is computed, to save memory. Gradients are those of
+            the whole batch, but batch norm sees each part alone.
     """
 
     warmup: float = 0.5
@@ -55,6 +60,8 @@ class SearchOptions:
     budget_loss: str = "augmented_lagrangian"
     budget_weight: float = 10.0
     tolerance: float = 0.0
+    precision: Precision = "float32"
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
@@ -71,3 +78,5 @@ class SearchOptions:
             raise ConfigError(
                 f"arch_optimizer must be 'adam' or 'sgd', got {self.arch_optimizer!r}"
             )
+        check_precision(self.precision)
+        check_micro_batches(self.micro_batches)

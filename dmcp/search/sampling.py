@@ -84,9 +84,16 @@ def draw_widths(net: MarkovNet, count: int, generator: torch.Generator | None = 
         count: structures to draw.
         generator: on the CPU; the default generator if None.
     """
+    return walk_chains(net, net.transitions().cpu(), count, generator)
+
+
+@torch.no_grad()
+def walk_chains(
+    net: MarkovNet, transitions: Tensor, count: int, generator: torch.Generator | None = None
+) -> Samples:
+    """`draw_widths` from what `MarkovNet.transitions` was, on the CPU."""
     choices = [unit.choices for unit in net.graph.units]
-    # In one copy to the host; the zeros after the last group end every chain.
-    transitions = torch.cat([*net.architecture_parameters()]).sigmoid().cpu()
+    # The zeros after the last group end every chain.
     p = pad_sequence(transitions.split([len(grid) - 1 for grid in choices]), batch_first=True)
     grid = pad_sequence([torch.tensor(widths) for widths in choices], batch_first=True)
     kept = (torch.rand(count, *p.shape, generator=generator) < p).cumprod(2).sum(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,11 @@ from dmcp.train.distributed import (
     average_gradients,
     broadcast_parameters,
 )
+from dmcp.train.gradients import GradientBuffer
 from dmcp.train.loss import accuracy, cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
+from dmcp.train.parts import Part, split_batch, sum_of
+from dmcp.train.precision import MixedPrecision
 
 
 class Search:
@@ -66,8 +70,11 @@ class Search:
         self.targets: Targets = budget.of(net.graph)
         self.steps = steps
         self.step_index = 0
-        self.world = world or World.single(net.architecture_parameters()[0].device)
         self.generator = torch.Generator().manual_seed(seed)
+        self.gradients = GradientBuffer(net.weight_parameters())
+        device = net.architecture_parameters()[0].device
+        self.world = world or World.single(device)
+        self.precision = MixedPrecision(options.precision, device)
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
         self.arch_optimizer = _arch_optimizer(net.architecture_parameters(), options)
         self.budget_loss = BudgetLoss(
@@ -75,7 +82,7 @@ class Search:
             options.budget_weight,
             options.tolerance,
             len(self.targets.bounds),
-            net.architecture_parameters()[0].device,
+            device,
         )
         self._table = net.cost_table(self.targets.costs)
         for chain in net.chains.values():
@@ -112,11 +119,13 @@ class Search:
         if self.step_index >= self.steps:
             raise ConfigError(f"the search is over: all {self.steps} steps are done")
         self.net.train()
-        metrics, teacher = self._sandwich_step(images, labels)
+        batch = split_batch(images, labels, self.options.micro_batches)
+        metrics, teachers = self._sandwich_step(batch)
         if self.step_index >= self.warmup_steps:
-            if arch_images is None or arch_labels is None:
-                arch_images, arch_labels = images, labels
-            metrics |= self._architecture_step(arch_images, arch_labels, teacher)
+            if arch_images is not None and arch_labels is not None:
+                batch = split_batch(arch_images, arch_labels, self.options.micro_batches)
+            metrics |= self._architecture_step(batch, teachers)
+        self.precision.update()
         with torch.no_grad():
             expected = self.expected_cost().cost.unbind()
         metrics |= {
@@ -162,6 +171,7 @@ class Search:
             "optimizer": self.optimizer.state_dict(),
             "arch_optimizer": self.arch_optimizer.state_dict(),
             "budget_loss": self.budget_loss.state_dict(),
+            "precision": self.precision.state_dict(),
             "generator": self.generator.get_state(),
         }
 
@@ -182,65 +192,93 @@ class Search:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             self.arch_optimizer.load_state_dict(copy.deepcopy(state["arch_optimizer"]))
             self.budget_loss.load_state_dict(state["budget_loss"])
+            self.precision.load_state_dict(state["precision"])
             self.generator.set_state(state["generator"])
             self.step_index = state["step_index"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError("the checkpoint is of another network") from error
 
-    def _sandwich_step(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Update the weights; returns the metrics and the widest network's logits."""
+    def _sandwich_step(self, batch: Sequence[Part]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Update the weights; returns the metrics and, for each part of the batch, the widest
+        network's logits."""
         options = self.options
         set_lr(self.optimizer, options.lr.at(self.step_index / self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = self.net(images)
-        loss = cross_entropy(logits, labels, options.label_smoothing)
-        loss.backward()
-        teacher = logits.detach()
-        others = [narrowest(self.net)]
-        others += random_subnets(
-            self.net, options.random_subnets, self._uniform_share(), self.generator
+        self.gradients.zero()
+        # Drawn one after the other: what the chains say is on its way from the device until then.
+        others = itertools.chain(
+            (narrowest(self.net),),
+            random_subnets(self.net, options.random_subnets, self._uniform_share(), self.generator),
         )
-        other_losses = [self._subnet_loss(widths, images, labels, teacher) for widths in others]
-        average_gradients(self.net.weight_parameters(), self.world)
-        self.optimizer.step()
+        with self.net.accumulating():
+            loss, teachers = self._widest_loss(batch)
+            other_losses = [self._subnet_loss(widths, batch, teachers) for widths in others]
+        self.gradients.average(self.world)
+        self.precision.step(self.optimizer)
         metrics = {
-            "loss": loss.detach(),
-            "accuracy": accuracy(teacher, labels),
+            "loss": loss,
+            "accuracy": accuracy(torch.cat(teachers), torch.cat([part.labels for part in batch])),
             "subnet_loss": torch.stack(other_losses).mean(),
         }
-        return metrics, teacher
+        return metrics, teachers
+
+    def _widest_loss(self, batch: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+        losses, teachers = [], []
+        for part in batch:
+            with self.precision.autocast():
+                logits = self.net(part.images)
+                loss = cross_entropy(logits, part.labels, self.options.label_smoothing) * part.share
+            self.precision.backward(loss)
+            losses.append(loss.detach())
+            teachers.append(logits.detach())
+        return sum_of(losses), teachers
 
     def _subnet_loss(
-        self, widths: Mapping[str, int], images: Tensor, labels: Tensor, teacher: Tensor
+        self, widths: Mapping[str, int], batch: Sequence[Part], teachers: Sequence[Tensor]
     ) -> Tensor:
-        with self.net.at(widths):
-            logits = self.net(images)
-        if self.options.distil:
-            loss = distillation(logits, teacher)
-        else:
-            loss = cross_entropy(logits, labels, self.options.label_smoothing)
-        loss.backward()
-        return loss.detach()
+        losses = []
+        for part, teacher in zip(batch, teachers, strict=True):
+            with self.precision.autocast():
+                with self.net.at(widths):
+                    logits = self.net(part.images)
+                if self.options.distil:
+                    loss = distillation(logits, teacher)
+                else:
+                    loss = cross_entropy(logits, part.labels, self.options.label_smoothing)
+                loss = loss * part.share
+            self.precision.backward(loss)
+            losses.append(loss.detach())
+        return sum_of(losses)
 
     def _architecture_step(
-        self, images: Tensor, labels: Tensor, teacher: Tensor
+        self, batch: Sequence[Part], teachers: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Update α; ``teacher`` are the widest network's logits on this step's images."""
+        """Update α; ``teachers`` are the widest network's logits on this step's images."""
         done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
         set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
         self.arch_optimizer.zero_grad(set_to_none=True)
+        scale = self._deviation(torch.cat(teachers)) if self.options.match_scale else None
+        losses = []
         with _frozen(self.net.weight_parameters()), self.net.masked(self._table) as expected:
-            logits = self.net(images)
-            if self.options.match_scale:
-                logits = logits * (self._deviation(teacher) / self._deviation(logits))
-            task = cross_entropy(logits, labels, self.options.label_smoothing)
             ratios = self.targets.ratios(expected.cost) / self._slack(done)
             budget = self.budget_loss(ratios)
-            (task + budget).backward()
+            for part in batch:
+                with self.precision.autocast():
+                    loss = self._masked_loss(part, scale)
+                last = part is batch[-1]
+                # The masks are parts of what the expected cost is: one backward goes through both.
+                self.precision.backward(loss + budget if last else loss, retain_graph=not last)
+                losses.append(loss.detach())
         average_gradients(self.net.architecture_parameters(), self.world)
-        self.arch_optimizer.step()
+        self.precision.step(self.arch_optimizer)
         self.budget_loss.update(ratios)
-        return {"masked_loss": task.detach(), "budget_loss": budget.detach()}
+        return {"masked_loss": sum_of(losses), "budget_loss": budget.detach()}
+
+    def _masked_loss(self, part: Part, scale: Tensor | None) -> Tensor:
+        """The task loss; ``scale`` is what the deviation of the logits is made."""
+        logits = self.net(part.images)
+        if scale is not None:
+            logits = logits * (scale / self._deviation(logits))
+        return cross_entropy(logits, part.labels, self.options.label_smoothing) * part.share
 
     def _deviation(self, logits: Tensor) -> Tensor:
         """Standard deviation of the logits of all processes, differentiable."""
@@ -265,8 +303,8 @@ def _arch_optimizer(
 ) -> torch.optim.Optimizer:
     lr = options.arch_lr.at(0.0)
     if options.arch_optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr)
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, fused=True)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from dmcp.search.markov_net import MarkovNet
-from dmcp.search.sampling import draw_widths
+from dmcp.search.sampling import walk_chains
+from dmcp.train.readback import HostCopy
 
 Widths = dict[str, int]
 
@@ -30,9 +31,20 @@ def random_subnets(
     net: MarkovNet, count: int, uniform_share: float, generator: torch.Generator
 ) -> Iterator[Widths]:
     """``count`` sub-networks, each uniform with probability ``uniform_share``, else drawn from the
-    chains (DMCP, section 3.3: the variant sandwich rule)."""
-    for _ in range(count):
-        if uniform_share >= 1 or float(torch.rand((), generator=generator)) < uniform_share:
-            yield random_uniform(net, generator)
-        else:
-            yield draw_widths(net, 1, generator)[0]
+    chains as they are now (DMCP, section 3.3: the variant sandwich rule).
+
+    The chains are read from the device when the first sub-network that needs them is asked for;
+    until then a copy is on its way, and nobody has waited for it.
+    """
+    drawn = torch.rand(count, generator=generator).tolist()
+    uniform = [uniform_share >= 1 or u < uniform_share for u in drawn]
+    transitions = None if all(uniform) else HostCopy(net.transitions())
+
+    def draw() -> Iterator[Widths]:
+        for is_uniform in uniform:
+            if is_uniform or transitions is None:
+                yield random_uniform(net, generator)
+            else:
+                yield walk_chains(net, transitions.wait(), 1, generator)[0]
+
+    return draw()

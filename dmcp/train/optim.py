@@ -87,7 +87,7 @@ def sgd(
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.SGD(
-        groups, lr=schedule.at(0), momentum=momentum, nesterov=nesterov and momentum > 0
+        groups, lr=schedule.at(0), momentum=momentum, nesterov=nesterov and momentum > 0, fused=True
     )
 
 

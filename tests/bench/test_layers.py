@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers import NETWORKS, Layer, largest, layers
+from layers import (
+    NETWORKS,
+    DepthwiseLayer,
+    Layer,
+    PointwiseLayer,
+    depthwise_layers,
+    largest,
+    layers,
+    pointwise_layers,
+)
 from torch import nn
 
 
@@ -20,6 +29,23 @@ def test_every_batch_norm_is_a_layer(network):
     found = [(one.channels, one.height, one.width) for one in counts.elements()]
     assert sorted(found) == sorted(shapes)
     assert len(found) == len(norms)
+
+
+def test_every_depthwise_convolution_is_a_layer():
+    counts = depthwise_layers("mobilenet_v2-1.0")
+    assert counts.total() == 17
+    assert counts[DepthwiseLayer(32, 112, 112, 3, 1)] == 1
+    assert counts[DepthwiseLayer(96, 112, 112, 3, 2)] == 1
+    assert counts[DepthwiseLayer(960, 7, 7, 3, 1)] == 3
+    assert not depthwise_layers("resnet18")
+
+
+def test_every_pointwise_convolution_is_a_layer():
+    counts = pointwise_layers("mobilenet_v2-1.0")
+    assert counts.total() == 34
+    assert counts[PointwiseLayer(32, 16, 112, 112)] == 1
+    assert counts[PointwiseLayer(960, 160, 7, 7)] == 2
+    assert counts[PointwiseLayer(320, 1280, 7, 7)] == 1
 
 
 def test_mobilenet_adds_its_residuals_after_the_projection():

@@ -46,8 +46,8 @@ def ranks(tmp_path_factory):
 def test_two_processes_search_as_one(ranks, options, monkeypatch):
     """Sandwich and architecture steps over the global batch, in float64."""
     markov = []
-    draw = subnets.draw_widths
-    monkeypatch.setattr(subnets, "draw_widths", lambda *a: markov.append(a) or draw(*a))
+    draw = subnets.walk_chains
+    monkeypatch.setattr(subnets, "walk_chains", lambda *a: markov.append(a) or draw(*a))
     alone = search_ranks.search(World.single(), options)
     assert len(markov) >= 3, "sub-networks were drawn from the chains"
     start = search_ranks.OPTIONS[options].start

@@ -6,7 +6,7 @@ from torch import nn
 import dmcp
 from dmcp.graph import Node
 from dmcp.graph.units import AxisMap
-from dmcp.search.mask_sites import MaskSites, fusable_activations, mask_sites
+from dmcp.search.mask_sites import MaskSites, fusable, mask_sites
 
 # By hand: the modules whose outputs are scaled.
 EXPECTED = {
@@ -223,9 +223,9 @@ def test_a_computed_weight_without_a_norm_is_missing():
 )
 def test_a_norm_may_compute_the_activation_that_alone_reads_it(function, modules, expected):
     graph = dmcp.trace(Calls(function, norm=nn.BatchNorm2d(8), **modules), IMAGES)
-    assert fusable_activations(graph.nodes) == expected
+    assert fusable(graph.nodes).activations == expected
 
 
 def test_a_norm_that_two_read_computes_no_activation():
     model = Calls(lambda m, x: (y := m.norm(x)) + m.act(y), norm=nn.BatchNorm2d(8), act=nn.ReLU())
-    assert fusable_activations(dmcp.trace(model, IMAGES).nodes) == {}
+    assert fusable(dmcp.trace(model, IMAGES).nodes).activations == {}

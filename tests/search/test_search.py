@@ -9,6 +9,7 @@ import dmcp
 from dmcp.errors import BudgetError, CheckpointError, ConfigError
 from dmcp.search import Budget, MarkovNet, Search, SearchOptions
 from dmcp.search.subnets import narrowest, random_subnets
+from dmcp.train.parts import split_batch
 from dmcp.train.optim import Schedule
 
 
@@ -94,7 +95,7 @@ def test_the_architecture_step_computes_no_weight_gradient(make):
     grads = [p.grad.clone() for p in search.net.weight_parameters()]
     search.net.train()
     with ConvolutionBackwards() as seen:
-        search._architecture_step(*batch(1), torch.randn(8, 5))
+        search._architecture_step(split_batch(*batch(1), 1), [torch.randn(8, 5)])
     assert seen.masks
     assert all(not weight and not bias for _, weight, bias in seen.masks)
     for name, buffer in search.net.model.named_buffers():
@@ -122,7 +123,7 @@ def test_the_architecture_step_calls_one_op_each_way_for_all_chains(make):
     search = make(steps=1, warmup=0.0, budget=Budget(macs="50%", params="60%"))
     search.net.train()
     with Calls() as seen:
-        search._architecture_step(*batch(1), torch.randn(8, 5))
+        search._architecture_step(split_batch(*batch(1), 1), [torch.randn(8, 5)])
     assert seen.names == ["expected_cost.default", "expected_cost_backward.default"]
 
 
@@ -169,7 +170,7 @@ def test_the_alpha_gradient_is_that_of_task_and_budget(make, match_scale):
     cost = dmcp.cost(net.graph)
     ratio = cost.mean(net.width_moments()) / (cost.of({}) // 2)
     gradients = torch.autograd.grad(task + 3 * (ratio - 1) ** 2, net.architecture_parameters())
-    search._architecture_step(images, labels, teacher)
+    search._architecture_step(split_batch(images, labels, 1), [teacher])
     for alpha, wanted in zip(net.architecture_parameters(), gradients, strict=True):
         torch.testing.assert_close(alpha.grad, wanted, rtol=1e-4, atol=1e-6)
 

@@ -1,0 +1,233 @@
+"""A whole step: the same mathematics as over plain PyTorch, in fewer operators, without waiting."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dmcp
+from dmcp import models
+from dmcp.errors import ConfigError
+from dmcp.search import Budget, MarkovNet, Search, SearchOptions
+from dmcp.search.subnets import narrowest, random_uniform
+
+NETWORKS = {
+    "mobilenet_v2-1.5": lambda: models.mobilenet_v2(num_classes=10, width=0.375),
+    "mobilenet_v2": lambda: models.mobilenet_v2(num_classes=10, width=0.25),
+    "resnet18": lambda: models.resnet18(num_classes=10, width=0.25),
+    "resnet50": lambda: models.resnet50(num_classes=10, width=0.125),
+}
+
+
+def batch(size=4, side=32, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, side, side, generator=generator, dtype=dtype)
+    labels = torch.randint(10, (size,), generator=generator)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def search_in(name, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = NETWORKS[name]().to(dtype).to(memory_format=torch.channels_last)
+    net = MarkovNet(model, batch(2, dtype=dtype)[0], divisor=1)
+    return Search(net, Budget(macs="50%"), 10, SearchOptions(warmup=0.0, **options))
+
+
+def reference_ops(patch):
+    for name in ("dmcp.ops.norm_act", "dmcp.nn.conv"):
+        patch.setattr(importlib.import_module(name), "accelerated", lambda: False)
+
+
+def passes(search, images, labels):
+    """Every pass of a step on its own: loss and gradients, of weights and of α."""
+    net = search.net.train()
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for widths in (None, narrowest(net), random_uniform(net, generator)):
+        search.gradients.zero()
+        with net.accumulating(), net.at(widths):
+            loss = nn.functional.cross_entropy(net(images), labels)
+            loss.backward()
+        found.append([loss.detach(), *(flat.clone() for flat in search.gradients.flat)])
+    for parameter in net.weight_parameters():
+        parameter.requires_grad_(False)
+    alphas = net.architecture_parameters()
+    with net.masked():
+        loss = nn.functional.cross_entropy(net(images), labels)
+    found.append([loss.detach(), torch.cat(torch.autograd.grad(loss, alphas))])
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_pass_is_that_of_plain_pytorch(name, dtype, bound):
+    images, labels = batch(dtype=dtype)
+    got = passes(search_in(name, dtype), images, labels)
+    with pytest.MonkeyPatch.context() as patch:
+        reference_ops(patch)
+        wanted = passes(search_in(name, torch.float64), images.double(), labels)
+    for results, references in zip(got, wanted, strict=True):
+        for result, reference in zip(results, references, strict=True):
+            assert (result.double() - reference).norm() <= bound * reference.norm()
+
+
+class Reads(TorchDispatchMode):
+    """Operators after which the host waits for numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.split("::")[1] in (
+            "_local_scalar_dense",
+            "is_nonzero",
+            "equal",
+            "nonzero",
+            "masked_select",
+        ):
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("uniform_share", [1.0, 1e-9])
+@pytest.mark.parametrize("arch_optimizer", ["adam", "sgd"])
+def test_a_step_does_not_wait_for_numbers(arch_optimizer, uniform_share):
+    search = search_in("mobilenet_v2", arch_optimizer=arch_optimizer, uniform_share=uniform_share)
+    search.step(*batch())
+    search.step_index = 9  # where the share is reached
+    with Reads() as reads:
+        search.step(*batch())
+    assert reads.found == []
+
+
+def test_a_loop_around_a_net_compiles_once_for_all_widths():
+    net = search_in("mobilenet_v2").net
+    images, labels = batch()
+
+    @torch.compile(backend="eager")
+    def loss_of(images, labels):
+        return nn.functional.cross_entropy(net(images.mul(2)), labels)
+
+    generator = torch.Generator().manual_seed(0)
+    loss_of(images, labels).backward()
+    before = counters["stats"]["unique_graphs"]
+    for _ in range(100):
+        with net.at(random_uniform(net, generator)), torch.no_grad():
+            loss_of(images, labels)
+    loss_of(images, labels).backward()
+    assert before > 0
+    # Passes without gradients are the only ones that may differ.
+    assert counters["stats"]["unique_graphs"] <= before + 2
+
+
+def saved_bytes(run):
+    """Bytes of the tensors that a forward pass keeps for its backward, parameters aside."""
+    storages = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    assert result.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
+def test_the_architecture_pass_keeps_no_more_than_training_the_network(name):
+    search = search_in(name)
+    net = search.net.train()
+    images, _ = batch(16)
+    plain = copy.deepcopy(net.graph.model)
+    training = saved_bytes(lambda: plain(images))
+    for parameter in net.weight_parameters():
+        parameter.requires_grad_(False)
+    with net.masked():
+        assert saved_bytes(lambda: net(images)) <= training
+
+
+def step_gradients(search, images, labels):
+    search.step(images, labels)
+    alphas = [alpha.grad for alpha in search.net.architecture_parameters()]
+    return torch.cat([*search.gradients.flat]).clone(), torch.cat(alphas)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_step_in_half_precision_is_near_the_one_in_float32(precision):
+    images, labels = batch(16)
+    full = step_gradients(search_in("mobilenet_v2"), images, labels)
+    search = search_in("mobilenet_v2", precision=precision)
+    half = step_gradients(search, images, labels)
+    scale = search.precision.state_dict().get("scale", 1.0)
+    assert (precision == "float16") == (scale > 1)
+    for got, wanted in zip(half, full, strict=True):
+        assert got.dtype == torch.float32
+        cosine = torch.cosine_similarity(got / scale, wanted, dim=0)
+        assert cosine > 0.9
+
+
+def test_parts_of_a_batch_add_up_to_its_gradients():
+    """A batch of two equal halves has the statistics of each, so that nothing may differ."""
+    images, labels = batch(4)
+    twice = torch.cat([images, images]), torch.cat([labels, labels])
+    options = {"random_subnets": 0, "match_scale": False}
+    whole = step_gradients(search_in("resnet18", torch.float64, **options), *doubled(twice))
+    options["micro_batches"] = 2
+    parts = step_gradients(search_in("resnet18", torch.float64, **options), *doubled(twice))
+    for got, wanted in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def doubled(pair):
+    images, labels = pair
+    return images.double().contiguous(memory_format=torch.channels_last), labels
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("precision", "half"), ("micro_batches", 0), ("micro_batches", True), ("micro_batches", 1.5)],
+)
+def test_options_out_of_range_are_refused(option, value):
+    with pytest.raises(ConfigError, match=option):
+        SearchOptions(**{option: value})
+
+
+def test_a_batch_too_small_for_its_parts_is_refused():
+    search = search_in("mobilenet_v2", micro_batches=3)
+    with pytest.raises(ConfigError, match="micro_batches is 3"):
+        search.step(*batch(4))
+
+
+def test_the_state_of_the_loss_scale_is_kept():
+    search = search_in("mobilenet_v2", precision="float16")
+    search.step(*batch())
+    state = search.state_dict()
+    assert state["precision"]["scale"] > 0
+    other = search_in("mobilenet_v2", precision="float16")
+    other.load_state_dict(state)
+    assert other.precision.state_dict() == state["precision"]
+
+
+def test_users_who_do_not_ask_for_it_get_gradients_by_autograd():
+    net = search_in("mobilenet_v2").net
+    images, labels = batch()
+    parameters = net.weight_parameters()
+    widths = dmcp.graph.check_widths(net.graph.units, narrowest(net))
+    with net.at(widths):
+        loss = nn.functional.cross_entropy(net(images), labels)
+    gradients = torch.autograd.grad(loss, parameters)
+    net.zero_grad(set_to_none=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    with net.accumulating(), net.at(widths):
+        nn.functional.cross_entropy(net(images), labels).backward()
+    for parameter, wanted in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
