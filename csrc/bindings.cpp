@@ -185,13 +185,20 @@ void norm_act_grad_cpu(int64_t batch, int64_t channels, int64_t pixels, bool cha
             output(grad_x, grad_x_pitch));
 }
 
-// norm_act_sums_cpu and norm_act_grad_cpu in one call, without a residual before the activation.
+template <typename S>
+void add_to(Address target, const void* terms, int64_t count) {
+  if (!target) return;
+  for (int64_t i = 0; i < count; ++i) at<S>(target)[i] += static_cast<const S*>(terms)[i];
+}
+
+// norm_act_sums_cpu and norm_act_grad_cpu in one call, without a residual before the activation. The
+// gradients of weight and bias are added to `add_weight` and `add_bias`, where those are given.
 void norm_act_train_backward_cpu(int64_t batch, int64_t channels, int64_t pixels,
                                  bool channels_last, int dtype, Address mean, Address var,
                                  Address weight, Address bias, Address scale, double eps, int act,
                                  Address grad, int64_t grad_pitch, Address x, int64_t x_pitch,
                                  Address grad_x, int64_t grad_x_pitch, Address sums,
-                                 const std::string& isa) {
+                                 Address add_weight, Address add_bias, const std::string& isa) {
   const dmcp::Shape shape = shape_of(batch, channels, pixels, channels_last, dtype);
   const dmcp::Affine affine = affine_of(mean, var, weight, bias, scale, eps);
   const dmcp::cpu::NormActKernels& kernels = dmcp::cpu::norm_act_kernels(isa, shape.dtype);
@@ -200,6 +207,11 @@ void norm_act_train_backward_cpu(int64_t batch, int64_t channels, int64_t pixels
   kernels.grad(shape, affine, static_cast<dmcp::Act>(act), at<const void>(sums),
                static_cast<double>(shape.count()), input(grad, grad_pitch), input(x, x_pitch),
                output(grad_x, grad_x_pitch));
+  with_real(shape.dtype == dmcp::DType::float64 ? 8 : 4, [&](auto zero) {
+    using S = decltype(zero);
+    add_to<S>(add_bias, at<S>(sums), channels);
+    add_to<S>(add_weight, at<S>(sums) + channels, channels);
+  });
 }
 
 dmcp::cpu::Depthwise depthwise_of(int64_t batch, int64_t channels, int64_t height, int64_t width,

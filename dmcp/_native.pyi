@@ -227,6 +227,8 @@ def norm_act_train_backward_cpu(
     grad_x: int,
     grad_x_pitch: int,
     sums: int,
+    add_weight: int,
+    add_bias: int,
     isa: str,
 ) -> None: ...
 def depthwise_cpu(

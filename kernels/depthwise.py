@@ -26,6 +26,7 @@ from torch import Tensor
 from dmcp.kernels.norm_act import _cdiv, _resident_programs, _total
 from dmcp.kernels.pointwise import (
     ACCESS_BITS,
+    REGISTERS,
     TOTAL_CHANNELS,
     VECTOR_ACCESS,
     Prologue,
@@ -310,7 +311,7 @@ def depthwise_grad_weight_kernel(
     while o < last + later:
         mine = inside & (o < last)
         new, _real = _load(grad, met, image, o, to, channel, mine, grad_vec)
-        grads = (new, *grads[:later])
+        grads = (new,) + grads[:later]  # noqa: RUF005  (Triton's Python has no stars here)
         for j in tl.static_range(s):
             row = s * o + j - pad
             for across in tl.static_range(abreast):
@@ -500,5 +501,6 @@ def _walk(x: Tensor, vec: int, columns: int, height: int, kernel: int, stride: i
         "strip": strip,
         "window": window,
         "num_warps": WARPS,
+        "maxnreg": REGISTERS,
     }
     return _Walk(arguments, groups, groups * across)

@@ -31,6 +31,7 @@ from dmcp.ops.norm_act_eager import Activation
 ACCESS_BITS = tl.constexpr(8 * ACCESS)
 VECTOR_ACCESS = tl.constexpr(ACCESS // 4)
 STAGES = 3  # of the loads of a matrix product
+REGISTERS = 255  # of a thread, at most: ptxas would rather spill than run fewer programs together
 KINDS = tl.constexpr(4)  # of partial sums: count, origin, and the sums of d and d d
 TOTAL_GROUPS = tl.constexpr(64)  # partial sums added at a time,
 TOTAL_CHANNELS = tl.constexpr(8)  # for this many channels
@@ -348,6 +349,7 @@ def pointwise_grad_weight(
         blocks=blocks,
         num_warps=warps,
         num_stages=STAGES,
+        maxnreg=REGISTERS,
     )
     together = min(_power_of_two(groups), TOTAL_GROUPS.value)
     block = TOTAL_VALUES // together
@@ -381,7 +383,8 @@ def _product(
     resident = _resident_programs(x.device)
     depth = 32 if inputs <= 32 or columns == 128 or prologue is not None else 64
     few = _cdiv(rows, 128) * _cdiv(outputs, columns) < resident
-    blocks, warps = _blocks(64 if few else 128, columns, depth, x.itemsize)
+    crowded = columns == 128 and (prologue is not None or sums)  # the registers
+    blocks, warps = _blocks(64 if few or crowded else 128, columns, depth, x.itemsize)
     across, row_blocks = _cdiv(outputs, blocks.columns), _cdiv(rows, blocks.rows)
     # Few partial sums, but several rounds of programs: their last one is not full.
     steps = _cdiv(row_blocks, _cdiv(4 * resident, across)) if sums else 1
@@ -410,6 +413,7 @@ def _product(
         blocks=blocks,
         num_warps=warps,
         num_stages=STAGES,
+        maxnreg=REGISTERS,
     )
     return y, moments_of(partials)
 
@@ -417,7 +421,7 @@ def _product(
 def _blocks(rows: int, columns: int, depth: int, itemsize: int) -> tuple[Blocks, int]:
     """With the number of warps. Products in float32 keep all their operands in registers."""
     if itemsize == 4:
-        rows, columns, depth = min(rows, 64), min(columns, 64), 32
+        return Blocks(min(rows, 64), min(columns, 64), 16), 8
     return Blocks(rows, columns, depth), 8 if rows * columns >= 8192 else 4
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -34,10 +34,12 @@ from dmcp.runs import (
 )
 from dmcp.runs.config import ARCH_DATA, RETRAIN
 from dmcp.runs.pipeline import build_network
-from dmcp.search import Budget, MarkovNet
-from dmcp.train import World, init_from_env, shutdown
+from dmcp.search import Budget, MarkovNet, SearchOptions
+from dmcp.train import TrainOptions, World, init_from_env, shutdown
+from dmcp.train.precision import PRECISIONS
 
 Command = Callable[..., None]
+_StageOptions = TypeVar("_StageOptions", SearchOptions, TrainOptions)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -93,6 +95,16 @@ _machine_options = _options(
     click.option("--checkpoint-every", type=int, default=100, help="Steps between checkpoints."),
     click.option("--log-every", type=int, default=10, help="Steps between records."),
 )
+_compute_options = _options(
+    click.option(
+        "--precision", type=click.Choice(PRECISIONS), help="Precision of activations.  [recipe]"
+    ),
+    click.option(
+        "--micro-batches",
+        type=int,
+        help="Parts a batch is computed in, to save memory.  [recipe]",
+    ),
+)
 _exclude_option = click.option(
     "--exclude", multiple=True, help="Leave the units of these modules alone: 'head.*', say."
 )
@@ -118,6 +130,7 @@ _output_options = _options(
     "--arch-data", type=click.Choice(ARCH_DATA), default="train", help="What α is trained on."
 )
 @click.option("--baselines/--no-baselines", default=True, help="Train dense and uniform as well.")
+@_compute_options
 @_machine_options
 @_output_options
 def search(
@@ -146,8 +159,8 @@ def search(
         budget=Budget(macs=_number(bound), params=_number(budget_params)),
         search_epochs=_or(search_epochs, recipe.search_epochs),
         retrain_epochs=_or(retrain_epochs, recipe.retrain_epochs),
-        search=recipe.search,
-        train=recipe.retrain,
+        search=_computed(recipe.search, options),
+        train=_computed(recipe.retrain, options),
         groups=_or(groups, recipe.groups),
         divisor=_or(divisor, recipe.divisor),
         min_width=options["min_width"],
@@ -170,6 +183,7 @@ def search(
     type=_widths_type,
     help="widths.json of a search: train this structure instead of the whole network.",
 )
+@_compute_options
 @_machine_options
 @_output_options
 def train(
@@ -188,7 +202,7 @@ def train(
     config = TrainConfig(
         network=_network(recipe, options),
         epochs=_or(epochs, recipe.retrain_epochs),
-        options=recipe.retrain,
+        options=_computed(recipe.retrain, options),
         widths=_read_widths(widths) if widths else None,
     )
     with _machine(options, quiet=quiet or as_json) as machine:
@@ -300,6 +314,12 @@ def _network(recipe: Recipe, options: dict[str, Any]) -> NetworkConfig:
         seed=options["seed"],
         sync_bn=options.get("sync_bn", False),
     )
+
+
+def _computed(recipe: _StageOptions, options: dict[str, Any]) -> _StageOptions:
+    """The recipe's options of a stage, computed in the way asked for."""
+    asked = {name: options[name] for name in ("precision", "micro_batches")}
+    return replace(recipe, **{name: value for name, value in asked.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmcp.nn.axis import Axis, select
-from dmcp.nn.chain import MarkovChain
+from dmcp.nn.chain import MarkovChain, PassState
 from dmcp.ops import Activation, ResidualPlace, norm_act, norm_act_reference
 from dmcp.ops.norm_act_eager import stats_dtype
 from dmcp.train.distributed import World
@@ -58,8 +58,8 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         masks: whether this module applies the mask.
 
     Attributes:
-        tracks: False while this is a part of a sub-network or a masked network although its own
-            axis is whole.
+        state: of the pass; a part of a sub-network or a masked network does not track statistics
+            even if its own axis is whole.
         fused: True while the convolution in front computes all of this, which then passes its input
             on.
         sync_world: the processes whose batch statistics are joined in training, None for this one's
@@ -83,7 +83,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.act: Activation = act
         self.masks = masks
-        self.tracks = True
+        self.state = PassState()
         self.fused = False
         self.sync_world: World | None = None
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
@@ -137,7 +137,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         axis = self._axes[0]
         keep = axis.keep() if axis is not None else None
         mask = axis.mask if axis is not None else None
-        whole = keep is None and mask is None and self.tracks
+        whole = keep is None and mask is None and self.state.tracks
         momentum = self._momentum() if whole else 0.0
         own_stats = self.track_running_stats if self.training and whole else not self.training
         mean, var = (self.running_mean, self.running_var) if own_stats else (None, None)

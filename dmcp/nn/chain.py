@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,20 @@ from torch import Tensor, nn
 from dmcp.errors import ConfigError
 from dmcp.nn.grid import width_choices
 from dmcp.ops import CostTable, expected_cost, retain
+
+
+@dataclass
+class PassState:
+    """What the modules of one network share about the pass that they compute now.
+
+    Attributes:
+        tracks: whether it is the whole, unmasked network's, whose statistics are the running ones.
+        accumulates: whether its backward adds the gradients of weights straight to ``.grad``, see
+            `dmcp.nn.axis.cut`.
+    """
+
+    tracks: bool = True
+    accumulates: bool = False
 
 
 class MarkovChain(nn.Module):

@@ -12,7 +12,7 @@ from dmcp.backends import accelerated
 from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, cut, length, prefix_lengths, scale_channels
 from dmcp.nn.batchnorm import ACTIVATIONS, MarkovBatchNorm2d
-from dmcp.nn.chain import MarkovChain
+from dmcp.nn.chain import MarkovChain, PassState
 from dmcp.ops import ResidualPlace
 from dmcp.ops.conv_norm_act import Norm, conv_norm_act
 from dmcp.ops.convolution import Convolution
@@ -40,8 +40,7 @@ class MarkovConv2d(nn.Conv2d):
             part of it.
 
     Attributes:
-        accumulates: True while gradients of weights are added to ``.grad`` by the backward itself,
-            where a norm is computed along; see `MarkovNet.accumulating`.
+        state: of the pass, e.g. whether gradients accumulate; see `MarkovNet.accumulating`.
 
     Shape: [N, C_in or fewer, H, W] -> [N, ``chain.width``, H', W'].
 
@@ -107,7 +106,7 @@ class MarkovConv2d(nn.Conv2d):
             self.norm.act = fused or "identity"
             self._norms = (self.norm,)
         self.masks = self.norm is None or not self.norm.masks
-        self.accumulates = False
+        self.state = PassState()
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, residual_place: ResidualPlace = "before"
@@ -177,7 +176,7 @@ class MarkovConv2d(nn.Conv2d):
         now = norm.now()
         parameters: tuple[Tensor | None, ...] = (self.weight, norm.weight, norm.bias)
         keeps, widths = (now.keep, self._inputs(x, now.keep)), None
-        if self.accumulates and all(map(_may_accumulate, parameters)):
+        if self.state.accumulates and all(map(_may_accumulate, parameters)):
             widths = prefix_lengths(self.weight, keeps)
         if widths is None:
             parameters = tuple(p if p is None else cut(p, *keeps[: p.ndim]) for p in parameters)
@@ -190,8 +189,8 @@ class MarkovConv2d(nn.Conv2d):
 
     def _convolve(self, x: Tensor, keep: slice | Tensor | None) -> Tensor:
         inputs = self._inputs(x, keep)
-        weight = cut(self.weight, keep, inputs, accumulates=self.accumulates)
-        bias = cut(self.bias, keep, accumulates=self.accumulates)
+        weight = cut(self.weight, keep, inputs, accumulates=self.state.accumulates)
+        bias = cut(self.bias, keep, accumulates=self.state.accumulates)
         groups = x.shape[-3] if self.groups == self.in_channels else self.groups
         if self.padding_mode == "zeros":
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, cut, scale_channels
-from dmcp.nn.chain import MarkovChain
+from dmcp.nn.chain import MarkovChain, PassState
 
 
 class MarkovLinear(nn.Linear):
@@ -25,8 +25,7 @@ class MarkovLinear(nn.Linear):
         chain_groups, divisor, min_width, start: of its own chain, see `MarkovChain`.
 
     Attributes:
-        accumulates: True while gradients of parts of the parameters are added to ``.grad`` by the
-            backward itself, see `dmcp.nn.axis.cut`.
+        state: of the pass, e.g. whether gradients accumulate; see `MarkovNet.accumulating`.
 
     Shape: [..., in_features or fewer] -> [..., ``chain.width``].
 
@@ -61,7 +60,7 @@ class MarkovLinear(nn.Linear):
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None, Axis | None] = (None, chain)
         self.masks = True
-        self.accumulates = False
+        self.state = PassState()
 
     def forward(self, x: Tensor) -> Tensor:
         inputs, outputs = self._axes
@@ -70,7 +69,7 @@ class MarkovLinear(nn.Linear):
             taken = inputs.keep()
         else:
             taken = None if x.shape[-1] == self.in_features else slice(0, x.shape[-1])
-        weight = cut(self.weight, keep, taken, accumulates=self.accumulates)
-        bias = cut(self.bias, keep, accumulates=self.accumulates)
+        weight = cut(self.weight, keep, taken, accumulates=self.state.accumulates)
+        bias = cut(self.bias, keep, accumulates=self.state.accumulates)
         mask = outputs.mask if outputs is not None and self.masks else None
         return scale_channels(F.linear(x, weight, bias), mask, keep, x.ndim - 1)

@@ -83,59 +83,53 @@ class _ConvNormAct(torch.autograd.Function):
     ) -> Tensor:
         ctx.products = products(conv, x.device.type)
         ctx.shape, ctx.options, ctx.widths = x.shape, options, widths
-        vectors = _part(norm_weight, widths), _part(norm_bias, widths)
-        z = ctx.products.output(x, _part(weight, widths))
+        ctx.leaves = weight, norm_weight, norm_bias
+        cut = ctx.products.cut(weight, widths)
+        gain, bias = _cut(norm_weight, widths), _cut(norm_bias, widths)
+        z = ctx.products.output(x, cut)
         check_count(z, 2)
         y, moments = op("norm_act_train", z)(
-            z, *vectors, scale, residual, running_mean, running_var, *options
+            z, gain, bias, scale, residual, running_mean, running_var, *options
         )
         kept = x if ctx.needs_input_grad[1] else None
         before = residual if options.before else None
-        ctx.save_for_backward(kept, weight, norm_weight, norm_bias, scale, before, z, moments)
+        ctx.save_for_backward(kept, cut, z, moments, gain, bias, scale, before)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, norm_weight, norm_bias, scale, residual, z, moments = ctx.saved_tensors
+        x, cut, z, moments, gain, bias, scale, residual = ctx.saved_tensors
         _, eps, act, _ = ctx.options
-        widths, needed = ctx.widths, ctx.needs_input_grad
-        cut = _part(weight, widths)
-        vectors = _part(norm_weight, widths), _part(norm_bias, widths), scale
+        needed, in_autograd = ctx.needs_input_grad, ctx.widths is None
+        into: list[Tensor | None] = [None, None, None]
+        if not in_autograd:
+            into = [leaf.grad if leaf is not None else None for leaf in ctx.leaves]
+            into = [t if wanted else None for t, wanted in zip(into, needed[1:4], strict=True)]
+        elif needed[1]:
+            into[0] = torch.zeros_like(ctx.leaves[0])
         grad_z, sums, grad_residual = train_gradients(
-            grad, z, moments, *vectors, residual, eps, act, wants_x=needed[0] or needed[1]
+            grad,
+            *(z, moments, gain, bias, scale, residual, eps, act, into[1], into[2]),
+            wants_x=needed[0] or needed[1],
         )
-        grad_bias, grad_gain, grad_scale = sums.unbind(0)
         grad_x = None
         if needed[0]:
             grad_x = ctx.products.grad_input(grad_z, cut, ctx.shape)
-        grad_weight = None
-        if needed[1]:
-            grad_weight = torch.zeros_like(weight) if widths is None else weight.grad
-            ctx.products.add_grad_weight(grad_z, x, cut, _part(grad_weight, widths))
-        if widths is not None:
-            grad_weight = None
-            _add(grad_gain, norm_weight, needed[2])
-            _add(grad_bias, norm_bias, needed[3])
-        in_autograd = widths is None
+        if into[0] is not None:
+            target = ctx.products.cut(into[0], ctx.widths)
+            ctx.products.add_grad_weight(grad_z, x, cut, target)
         return (
             grad_x,
-            grad_weight,
-            grad_gain if needed[2] and in_autograd else None,
-            grad_bias if needed[3] and in_autograd else None,
-            grad_scale if needed[4] else None,
+            into[0] if in_autograd else None,
+            sums[1] if needed[2] and in_autograd else None,
+            sums[0] if needed[3] and in_autograd else None,
+            sums[2] if needed[4] else None,
             grad_residual if needed[5] else None,
             *(None,) * 5,
         )
 
 
-def _part(tensor: Tensor | None, widths: tuple[int, ...] | None) -> Tensor | None:
-    """What takes part of a weight [O, I, ...] or of a vector [O]."""
-    if tensor is None or widths is None:
-        return tensor
-    return prefix(tensor, widths[: tensor.ndim])
-
-
-def _add(gradient: Tensor, parameter: Tensor | None, wanted: bool) -> None:
-    if wanted and parameter is not None and parameter.grad is not None:
-        parameter.grad.narrow(0, 0, len(gradient)).add_(gradient)
+def _cut(vector: Tensor | None, widths: tuple[int, ...] | None) -> Tensor | None:
+    """As much of a vector [O] as takes part."""
+    return vector if vector is None or widths is None else prefix(vector, widths[:1])

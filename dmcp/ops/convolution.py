@@ -10,6 +10,7 @@ to two milliseconds for each. A search draws new widths in every step, so here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dmcp.ops import depthwise, pointwise  # noqa: F401  (they register their ops)
+from dmcp.ops.layout import prefix
 from dmcp.ops.library import op
 
 Pair = tuple[int, int]
@@ -46,8 +48,13 @@ class Products:
     def __init__(self, conv: Convolution) -> None:
         self._conv = conv
 
+    def cut(self, weight: Tensor, widths: Sequence[int] | None) -> Tensor:
+        """What the other methods take of a weight [O, C or 1, kh, kw]: a view of its first outputs
+        and inputs, as many as ``widths`` says."""
+        return weight if widths is None else prefix(weight, widths)
+
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
-        """[N, C, H, W] and [O, C or 1, kh, kw] -> [N, O, H', W']."""
+        """[N, C, H, W] and a weight -> [N, O, H', W']."""
         _, stride, padding, dilation, apart = self._conv
         groups = x.shape[1] if apart else 1
         return torch.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
@@ -61,7 +68,7 @@ class Products:
         return self._backward(grad, x, weight, (True, False, False))[0]
 
     def add_grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, into: Tensor) -> None:
-        """Add the gradient of ``weight`` to a tensor of its shape, whatever its strides."""
+        """Add the gradient of ``weight`` to what `cut` made of a tensor."""
         into += self._backward(grad, x, weight, (False, True, False))[1]
 
     def _backward(
@@ -78,14 +85,17 @@ class Products:
 class _Pointwise(Products):
     """As matrix products."""
 
+    def cut(self, weight: Tensor, widths: Sequence[int] | None) -> Tensor:
+        return weight.as_strided(widths or weight.shape[:2], weight.stride()[:2])
+
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
-        return op("pointwise", x)(x, weight.flatten(1))
+        return op("pointwise", x)(x, weight)
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        return op("pointwise_grad_input", grad)(grad, weight.flatten(1))
+        return op("pointwise_grad_input", grad)(grad, weight)
 
     def add_grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, into: Tensor) -> None:
-        op("pointwise_grad_weight", grad)(grad, x, into.flatten(1))
+        op("pointwise_grad_weight", grad)(grad, x, into)
 
 
 class _Depthwise(Products):

@@ -76,7 +76,7 @@ def prefix(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
     shape = (*lengths, *tensor.shape[len(lengths) :])
     if shape == tensor.shape:
         return tensor
-    return tensor.as_strided(shape, tensor.stride(), tensor.storage_offset())
+    return tensor.as_strided(shape, tensor.stride())
 
 
 def _dense_last(x: Tensor) -> Placed:

@@ -201,6 +201,8 @@ def train_gradients(
     residual: Tensor | None,
     eps: float,
     act: Activation,
+    add_weight: Tensor | None = None,
+    add_bias: Tensor | None = None,
     *,
     wants_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -208,22 +210,31 @@ def train_gradients(
 
     Args:
         residual: if it comes before the activation.
+        add_weight, add_bias: the gradients of weight and bias are added to their first C elements.
 
     Returns:
         Those of x (None unless wanted), of bias, weight and scale [3, C], and of the residual.
     """
     if residual is None and wants_x:
         grad_x, sums = op("norm_act_train_backward", x)(
-            grad, x, moments, weight, bias, scale, eps, act
+            grad, x, moments, weight, bias, scale, eps, act, add_weight, add_bias
         )
         return grad_x, sums, grad
     inputs = (x, *moments.unbind(0), weight, bias, scale)
     sums, seen, slope = _sums(grad, inputs, residual, eps, act)
+    add_vectors(sums, add_weight, add_bias)
     if not wants_x:
         return None, sums, seen
     count = x.numel() / x.shape[1]
     grad_x = torch.ops.dmcp.norm_act_grad.default(seen, *inputs, sums, count, eps, slope)
     return grad_x, sums, seen
+
+
+def add_vectors(sums: Tensor, add_weight: Tensor | None, add_bias: Tensor | None) -> None:
+    """Add the gradients of bias and weight, the first rows of ``sums``, where they are wanted."""
+    for row, target in enumerate((add_bias, add_weight)):
+        if target is not None:
+            target[: sums.shape[1]] += sums[row]
 
 
 class _NormAct(torch.autograd.Function):
@@ -383,7 +394,8 @@ _SCHEMAS = {
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, str act,"
     " bool before) -> (Tensor, Tensor)",
     "norm_act_train_backward": "(Tensor grad, Tensor x, Tensor moments, Tensor? weight,"
-    " Tensor? bias, Tensor? scale, float eps, str act) -> (Tensor, Tensor)",
+    " Tensor? bias, Tensor? scale, float eps, str act, Tensor(a!)? add_weight=None,"
+    " Tensor(b!)? add_bias=None) -> (Tensor, Tensor)",
 }
 
 
@@ -461,12 +473,18 @@ class _Composites:
         scale: Tensor | None,
         eps: float,
         act: Activation,
+        add_weight: Tensor | None = None,
+        add_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of x and of the vectors, where no residual comes before the activation."""
+        """The gradients of x and of the vectors, where no residual comes before the activation.
+
+        Those of weight and bias are also added to the first elements of tensors of their own.
+        """
         affine = (*moments.unbind(0), weight, bias, scale)
         sums, _ = self._kernels.norm_act_sums(grad, x, *affine, None, eps, act)
         count = x.numel() / x.shape[1]
         grad_x = self._kernels.norm_act_grad(grad, x, *affine, sums, count, eps, act)
+        add_vectors(sums, add_weight, add_bias)
         return grad_x, sums
 
 

@@ -170,6 +170,8 @@ class CpuKernels(NativeKernels):
         scale: Tensor | None,
         eps: float,
         act: Activation,
+        add_weight: Tensor | None = None,
+        add_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         placed = place(x)
         incoming = place_like(grad, placed)
@@ -179,7 +181,8 @@ class CpuKernels(NativeKernels):
         sums = moments.new_empty((3, x.shape[1]))
         affine = (*_rows(moments), *_addresses(vectors), eps, ACTIVATIONS.index(act))
         tensors = (*_pitched(incoming), *_pitched(placed), *_pitched(grad_x))
-        self._launch("norm_act_train_backward", placed, *affine, *tensors, sums.data_ptr())
+        added = (sums.data_ptr(), *_addresses((add_weight, add_bias)))
+        self._launch("norm_act_train_backward", placed, *affine, *tensors, *added)
         return grad_x.tensor, sums
 
 

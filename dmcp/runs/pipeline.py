@@ -20,7 +20,7 @@ from dmcp.graph import ChannelGraph, check_widths, extract, trace
 from dmcp.methods import uniform_widths
 from dmcp.runs.config import NetworkConfig, SearchConfig, TrainConfig, to_json
 from dmcp.runs.folder import RunFolder
-from dmcp.search import MarkovNet, Search
+from dmcp.search import MarkovNet, Search, SearchOptions
 from dmcp.search.distilled import DistilledTraining
 from dmcp.train import (
     Evaluation,
@@ -36,6 +36,7 @@ from dmcp.train import (
     synchronise_batch_norm,
 )
 from dmcp.train.distributed import barrier
+from dmcp.train.parts import split_batch
 
 SMALL_IMAGES = 64
 """Up to this side, in pixels, networks take their variant for small images."""
@@ -129,6 +130,7 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
         world=machine.world,
     )
     holdout = data.holdout if config.arch_data == "holdout" else None
+    job.check_parts(config.search, config.train)
     if job.open(to_json(config), holdout):
         return _finished(folder)[0]
     with job.recorder() as recorder:
@@ -160,6 +162,7 @@ def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[
     job = _Job(config.network, data, folder, machine)
     widths = check_widths(job.graph.units, config.widths or {})
     steps = job.steps(config.epochs)
+    job.check_parts(config.options)
     if job.open(to_json(config)):
         return _finished(folder)[0]
     with job.recorder() as recorder:
@@ -324,6 +327,12 @@ class _Job:
         if not world.is_main:
             self.folder.open(config, write=False)
         return (self.folder.path / "results.json").exists()
+
+    def check_parts(self, *stages: SearchOptions | TrainOptions) -> None:
+        """Refuse parts of a batch that are too small, before anything is written."""
+        share = torch.empty(self.network.batch_size // self.machine.world.size)
+        for options in stages:
+            split_batch(share, share, options.micro_batches)
 
     def recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
         """The main process's recorder, None in the others."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmcp.errors import CheckpointError
 from dmcp.graph import check_widths
 from dmcp.search.markov_net import MarkovNet
-from dmcp.train.distributed import World, average_gradients, broadcast_parameters
-from dmcp.train.loss import accuracy, cross_entropy, distillation
+from dmcp.train.distributed import World, broadcast_parameters
+from dmcp.train.gradients import GradientBuffer
+from dmcp.train.loss import accuracy, distillation
 from dmcp.train.optim import set_lr, sgd
-from dmcp.train.training import TrainOptions
+from dmcp.train.parts import Part, split_batch, sum_of
+from dmcp.train.precision import MixedPrecision
+from dmcp.train.training import TrainOptions, learn_labels
 
 
 class DistilledTraining:
@@ -48,30 +52,37 @@ class DistilledTraining:
         self.options = options
         self.steps = steps
         self.step_index = 0
-        self.world = world or World.single(net.architecture_parameters()[0].device)
+        device = net.architecture_parameters()[0].device
+        self.world = world or World.single(device)
+        self.precision = MixedPrecision(options.precision, device)
+        self.gradients = GradientBuffer(net.weight_parameters())
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
         broadcast_parameters(net, self.world)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update: images [N, C, H, W], labels int64 [N] -> ``loss`` and ``accuracy`` of the
-        structure and ``teacher_loss``, 0-d, detached."""
+        structure and ``teacher_loss``, 0-d, detached.
+
+        Raises:
+            ConfigError: the batch is too small for ``micro_batches`` parts.
+        """
+        batch = split_batch(images, labels, self.options.micro_batches)
         self.net.train()
         set_lr(self.optimizer, self.options.lr.at(self.step_index / self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
-        teacher = self.net(images)
-        teacher_loss = cross_entropy(teacher, labels, self.options.label_smoothing)
-        teacher_loss.backward()
-        with self.net.at(self.widths):
-            logits = self.net(images)
-        loss = distillation(logits, teacher.detach())
-        loss.backward()
-        average_gradients(self.net.weight_parameters(), self.world)
-        self.optimizer.step()
+        self.gradients.zero()
+        with self.net.accumulating():
+            teacher_loss, teachers = learn_labels(
+                self.net, batch, self.precision, self.options.label_smoothing
+            )
+            loss, logits = self._learn_outputs(batch, teachers)
+        self.gradients.average(self.world)
+        self.precision.step(self.optimizer)
+        self.precision.update()
         self.step_index += 1
         return {
-            "loss": loss.detach(),
-            "accuracy": accuracy(logits.detach(), labels),
-            "teacher_loss": teacher_loss.detach(),
+            "loss": loss,
+            "accuracy": accuracy(torch.cat(logits), labels),
+            "teacher_loss": teacher_loss,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,13 +94,14 @@ class DistilledTraining:
             "step_index": self.step_index,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
         Raises:
-            CheckpointError: the state is of another stage, structure or number of steps.
+            CheckpointError: the state is of another stage, structure, number of steps or precision.
         """
         own = {"stage": "distilled training", "widths": self.widths, "steps": self.steps}
         for key, value in own.items():
@@ -101,6 +113,22 @@ class DistilledTraining:
             self.net.load_state_dict(state["net"])
             # a copy, because the optimiser would keep and update the tensors it is given
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.precision.load_state_dict(state["precision"])
             self.step_index = state["step_index"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError("the checkpoint is of another network") from error
+            raise CheckpointError("the checkpoint is of another network or precision") from error
+
+    def _learn_outputs(
+        self, batch: Sequence[Part], teachers: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `learn_labels`, of the structure from the widest network's logits."""
+        losses, outputs = [], []
+        for part, teacher in zip(batch, teachers, strict=True):
+            with self.precision.autocast():
+                with self.net.at(self.widths):
+                    logits = self.net(part.images)
+                loss = distillation(logits, teacher) * part.share
+            self.precision.backward(loss)
+            losses.append(loss.detach())
+            outputs.append(logits.detach())
+        return sum_of(losses), outputs

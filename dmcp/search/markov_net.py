@@ -29,7 +29,7 @@ from dmcp.nn import (
 )
 from dmcp.nn.axis import length, scale_channels, select
 from dmcp.nn.batchnorm import ACTIVATIONS
-from dmcp.nn.chain import scaled
+from dmcp.nn.chain import PassState, scaled
 from dmcp.nn.conv import share_tensors
 from dmcp.ops import CostTable, ExpectedCost, expected_cost, retain
 from dmcp.search.mask_sites import MaskSites, fusable, mask_sites
@@ -95,11 +95,12 @@ class MarkovNet(nn.Module):
                 for unit in self.graph.searchable
             }
         )
+        self._state = PassState()
         self._table = self.cost_table(())
         self._install(sites)
-        modules = list(self.model.modules())
-        self._norms = [module for module in modules if isinstance(module, MarkovBatchNorm2d)]
-        self._layers = [m for m in modules if isinstance(m, MarkovConv2d | MarkovLinear)]
+        for module in self.model.modules():
+            if isinstance(module, MarkovBatchNorm2d | MarkovConv2d | MarkovLinear):
+                module.state = self._state
         self._set_tracking()
 
     # Compiled, every structure would be a program of its own, half a minute each; what a compiler
@@ -107,7 +108,7 @@ class MarkovNet(nn.Module):
     @torch.compiler.disable
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """As the user's model. ``torch.compile`` leaves it as it is."""
-        if self._whole or not self._loose:
+        if self._state.tracks or not self._loose:
             return self.model(*inputs, **keywords)
         tensors = {name: loose.now(self.model) for name, loose in self._loose.items()}
         return functional_call(self.model, tensors, inputs, keywords)
@@ -173,12 +174,10 @@ class MarkovNet(nn.Module):
         parameters and ``DistributedDataParallel`` need passes outside.
         """
         try:
-            for layer in self._layers:
-                layer.accumulates = True
+            self._state.accumulates = True
             yield
         finally:
-            for layer in self._layers:
-                layer.accumulates = False
+            self._state.accumulates = False
 
     def cost_table(self, costs: Sequence[Cost]) -> CostTable:
         """What `expected_cost` needs to know about costs of ``graph``. Build it once."""
@@ -219,9 +218,9 @@ class MarkovNet(nn.Module):
         return {unit.name: mean for unit, mean in zip(self.graph.units, means, strict=True)}
 
     def _named_chains(self) -> Iterator[tuple[str, MarkovChain]]:
-        for unit in self.graph.units:
-            if _key(unit.name) in self.chains:
-                yield unit.name, self.chain(unit.name)
+        for unit, chain in zip(self.graph.searchable, self.chains.values(), strict=True):
+            assert isinstance(chain, MarkovChain)
+            yield unit.name, chain
 
     def _set_widths(self, widths: Mapping[str, int]) -> None:
         for name, chain in self._named_chains():
@@ -231,9 +230,7 @@ class MarkovNet(nn.Module):
     def _set_tracking(self) -> None:
         """Running statistics are the widest, unmasked network's, also of norms without a chain."""
         chains = [chain for _, chain in self._named_chains()]
-        self._whole = all(chain.keep() is None and chain.mask is None for chain in chains)
-        for norm in self._norms:
-            norm.tracks = self._whole
+        self._state.tracks = all(chain.keep() is None and chain.mask is None for chain in chains)
         for size, axis in self._sizes:
             kept = axis.keep()
             whole = len(size.axis.unit)

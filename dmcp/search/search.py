@@ -250,7 +250,7 @@ class Search:
         return sum_of(losses)
 
     def _architecture_step(
-        self, batch: Sequence[Part], teachers: Sequence[Tensor]
+        self, batch: Sequence[Part], teachers: list[Tensor]
     ) -> dict[str, Tensor]:
         """Update α; ``teachers`` are the widest network's logits on this step's images."""
         done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)

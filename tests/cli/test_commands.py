@@ -90,6 +90,22 @@ def test_train_whole_and_with_widths(run, tmp_path, capfd):
     )
 
 
+COMPUTED = shlex.split("--precision bfloat16 --micro-batches 3 --quiet")
+
+
+def test_precision_and_parts_reach_every_stage(run, tmp_path):
+    """The command line decides them, else the recipe."""
+    searched, trained = tmp_path / "searched", tmp_path / "trained"
+    assert main([*SEARCH, "--no-baselines", *COMPUTED, "--output", str(searched)]) == 0
+    assert main(["train", *TINY[:-2], "--epochs", "1", *COMPUTED, "--output", str(trained)]) == 0
+    search, train = (json.loads((path / "config.json").read_text()) for path in (searched, trained))
+    for options in (search["search"], search["train"], train["options"]):
+        assert (options["precision"], options["micro_batches"]) == ("bfloat16", 3)
+    default = json.loads((run / "config.json").read_text())
+    for options in (default["search"], default["train"]):
+        assert (options["precision"], options["micro_batches"]) == ("float32", 1)
+
+
 def layer_macs(model, image):
     """Name -> MACs of every convolution and linear layer, by their shapes as they run."""
     macs = {}
@@ -340,6 +356,9 @@ def refusal(arguments, capfd):
         ("--width nan", "width is nan"),
         ("--groups 0", "groups must be an int of at least 1, got 0"),
         ("--divisor 0", "divisor must be an int of at least 1, got 0"),
+        ("--precision half", "'half' is not one of 'float32', 'bfloat16', 'float16'"),
+        ("--micro-batches 0", "micro_batches must be an int of at least 1, got 0"),
+        ("--micro-batches 200", "micro_batches is 200: too many parts for a batch of 256 images"),
         ("--seed -1", "seed must not be negative, got -1"),
         ("--device tpu", "--device must be cpu, cuda or cuda:<number>, got 'tpu'"),
         ("--checkpoint-every 0", "checkpoint_every must be at least 1, got 0"),

@@ -35,14 +35,14 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(1, (5, 4), 3, 1),
+    Case(1, (3, 4), 3, 1),
     Case(3, (4, 5), 3, 2, "relu", behind=2),
     Case(9, (5, 3), 3, 1, "relu6", torch.bfloat16, behind=7),
-    Case(40, (6, 3), 3, 2, "hardswish", torch.float16),
-    Case(97, (3, 2), 3, 1, "silu", behind=3),
-    Case(8, (9, 7), 3, 2, dtype=torch.bfloat16, behind=8),
-    Case(9, (4, 3), 5, 1, "identity"),
-    Case(8, (5, 4), 5, 2, "silu", torch.bfloat16),
+    Case(40, (4, 3), 3, 2, "hardswish", torch.float16),
+    Case(97, (2, 2), 3, 1, "silu", behind=3),
+    Case(8, (9, 3), 3, 2, dtype=torch.bfloat16, behind=8),
+    Case(9, (2, 3), 5, 1, "identity"),
+    Case(8, (3, 4), 5, 2, "silu", torch.bfloat16),
 )
 
 
@@ -124,18 +124,21 @@ def test_equals_float64(case):
 
 @interpreted
 def test_same_bits_twice():
-    first, again = results(CASES[2]), results(CASES[2])
+    first, again = results(CASES[1]), results(CASES[1])
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
 
 
 @interpreted
 def test_a_large_mean_costs_the_moments_no_digits():
-    x, weight, _, _ = problem(CASES[2])
-    weight[:, 0, 1, 1] += 20
-    y, moments = depthwise(x.float() / 32 + 1e3, weight, 1, sums=True)
-    inner = y.double()
-    assert error(moments[1], inner.var((0, 2, 3), correction=0)) <= 1e-6
+    x = prefix(
+        1e3 + torch.rand(2, 9, 6, 1, generator=torch.Generator().manual_seed(1)), torch.float32, 0
+    )
+    weight = torch.zeros(9, 1, 3, 3)
+    weight[:, 0, 1, 1] = 1  # without neighbours, borders have the same mean
+    y, moments = depthwise(x, weight, 1, sums=True)
+    assert torch.equal(y, x)
+    assert error(moments[1], y.double().var((0, 2, 3), correction=0)) <= 1e-6
 
 
 @interpreted

@@ -237,7 +237,7 @@ def _numbers(row):
     return row.macs, row.top1
 
 
-@pytest.mark.parametrize("problem", ["batch", "budget", "holdout", "widths", "world"])
+@pytest.mark.parametrize("problem", ["batch", "budget", "holdout", "parts", "widths", "world"])
 def test_nothing_is_written_for_what_cannot_run(configure, network, machine, tmp_path, problem):
     folder = RunFolder(tmp_path / "run")
     huge = replace(network, batch_size=5000)
@@ -253,6 +253,14 @@ def test_nothing_is_written_for_what_cannot_run(configure, network, machine, tmp
         network = replace(configure().network, holdout=0.1)
         with pytest.raises(DataError, match="fewer than one batch of 256"):
             run_search(configure(network=network, arch_data="holdout"), folder, machine)
+    elif problem == "parts":
+        train = replace(configure().train, micro_batches=129)
+        with pytest.raises(ConfigError, match="too many parts for a batch of 256 images"):
+            run_search(configure(train=train), folder, machine)
+        two = replace(machine, world=World(0, 2, torch.device("cpu")))
+        config = TrainConfig(network, 1, replace(train, micro_batches=65))
+        with pytest.raises(ConfigError, match="too many parts for a batch of 128 images"):
+            run_train(config, folder, two)
     elif problem == "widths":
         with pytest.raises(ConfigError, match="no unit is called 'conv9'"):
             run_train(TrainConfig(network, 1, configure().train, {"conv9": 3}), folder, machine)

@@ -114,6 +114,8 @@ def test_a_finished_run_prints_the_same_table(undisturbed, contents, capfd):
         (["--retrain-epochs", "2"], "retrain_epochs is 1, not 2"),
         (["--width", "0.25"], "network.model_options.width is 0.125, not 0.25"),
         (["--no-baselines"], "baselines is True, not False"),
+        (["--precision", "bfloat16"], "search.precision is 'float32', not 'bfloat16'"),
+        (["--micro-batches", "2"], "search.micro_batches is 1, not 2"),
     ],
 )
 def test_another_configuration_is_refused(undisturbed, contents, capfd, change, difference):
@@ -132,6 +134,16 @@ def stopped(undisturbed, tmp_path) -> Path:
     shutil.copytree(undisturbed, folder)
     (folder / "results.json").unlink()
     return folder
+
+
+def test_a_run_from_before_an_option_is_of_another_configuration(stopped, contents, capfd):
+    config = json.loads((stopped / "config.json").read_text())
+    del config["train"]["micro_batches"]
+    (stopped / "config.json").write_text(json.dumps(config))
+    before = contents(stopped)
+    assert search_in(stopped) == 2
+    assert "another configuration: train.micro_batches is None, not 1" in capfd.readouterr().err
+    assert contents(stopped) == before
 
 
 def damage(path: Path, how: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,14 +106,64 @@ def test_the_chains_are_left_alone(stage):
     assert all(alpha.grad is None for alpha in after)
 
 
-def fresh(example):
-    net = dmcp.MarkovNet(example.model, example.inputs, groups=2, divisor=1)
-    return DistilledTraining(net, half(net.graph), OPTIONS, STEPS)
+def fresh(example, **options):
+    net = dmcp.MarkovNet(copy.deepcopy(example.model), example.inputs, groups=2, divisor=1)
+    return DistilledTraining(net, half(net.graph), replace(OPTIONS, **options), STEPS)
+
+
+def test_parts_of_a_batch_add_up_to_its_gradients(stage):
+    """A batch of two equal halves has the statistics of each, so that nothing may differ."""
+    _, example = stage
+    pixels, labels = batch(0, example, images=8)
+    pixels, labels = torch.cat([pixels, pixels]), torch.cat([labels, labels])
+    whole, parts = fresh(example), fresh(example, micro_batches=2)
+    seen = []
+    parts.net.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    expected, metrics = whole.step(pixels, labels), parts.step(pixels, labels)
+    assert seen == [8] * 4
+    torch.testing.assert_close(metrics, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.gradients.flat, whole.gradients.flat, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_near_float32(example, precision):
+    chosen = example("resnet18")
+    full, stage = fresh(chosen), fresh(chosen, precision=precision)
+    seen = []
+    stage.net.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    wanted, got = (each.step(*batch(0, chosen)) for each in (full, stage))
+    assert seen == [getattr(torch, precision)] * 2
+    for name in ("loss", "teacher_loss"):
+        assert float(got[name]) == pytest.approx(float(wanted[name]), rel=0.05), name
+    (gradient,), (reference,) = stage.gradients.flat, full.gradients.flat
+    assert gradient.dtype == torch.float32
+    assert F.cosine_similarity(gradient, reference, dim=0) > 0.99
+
+
+def test_the_state_of_the_loss_scale_is_kept(example):
+    chosen = example("resnet18")
+    stage, other = (fresh(chosen, precision="float16") for _ in range(2))
+    stage.step(*batch(0, chosen))
+    other.load_state_dict(stage.state_dict())
+    assert other.precision.state_dict() == stage.precision.state_dict()
+    stage.step(*batch(1, chosen))
+    other.step(*batch(1, chosen))
+    assert other.precision.state_dict() == stage.precision.state_dict()
+    with pytest.raises(CheckpointError, match="another network or precision"):
+        other.load_state_dict(fresh(chosen).state_dict())
+
+
+def test_refuses_a_batch_too_small_for_its_parts(example):
+    chosen = example("resnet18")
+    stage = fresh(chosen, micro_batches=5)
+    with pytest.raises(ConfigError, match="micro_batches is 5: too many parts for a batch of 8"):
+        stage.step(*batch(0, chosen, images=8))
+    assert stage.step_index == 0
 
 
 def test_continues_with_the_same_bits(stage):
     whole, example = stage
-    begun, resumed = fresh(copy.deepcopy(example)), fresh(copy.deepcopy(example))
+    begun, resumed = fresh(example), fresh(example)
     for step in range(2):
         whole.step(*batch(step, example))
         begun.step(*batch(step, example))

@@ -9,8 +9,8 @@ import dmcp
 from dmcp.errors import BudgetError, CheckpointError, ConfigError
 from dmcp.search import Budget, MarkovNet, Search, SearchOptions
 from dmcp.search.subnets import narrowest, random_subnets
-from dmcp.train.parts import split_batch
 from dmcp.train.optim import Schedule
+from dmcp.train.parts import split_batch
 
 
 @pytest.fixture

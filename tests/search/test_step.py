@@ -23,7 +23,7 @@ NETWORKS = {
 }
 
 
-def batch(size=4, side=32, dtype=torch.float32):
+def batch(size=4, side=64, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, side, side, generator=generator, dtype=dtype)
     labels = torch.randint(10, (size,), generator=generator)
@@ -62,17 +62,28 @@ def passes(search, images, labels):
     return found
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def errors(results, references):
+    """‖result - reference‖ / ‖reference‖ of all results of all passes."""
+    return [
+        float((result.double() - reference).norm() / reference.norm())
+        for found, wanted in zip(results, references, strict=True)
+        for result, reference in zip(found, wanted, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_pass_is_that_of_plain_pytorch(name, dtype, bound):
-    images, labels = batch(dtype=dtype)
-    got = passes(search_in(name, dtype), images, labels)
+def test_every_pass_is_that_of_plain_pytorch(name):
+    """To rounding in float64. In float32 the losses; a gradient jumps where rounding takes a value
+    across the kink of an activation, in plain PyTorch as well, by a hundredth here."""
+    images, labels = batch()
     with pytest.MonkeyPatch.context() as patch:
         reference_ops(patch)
-        wanted = passes(search_in(name, torch.float64), images.double(), labels)
-    for results, references in zip(got, wanted, strict=True):
-        for result, reference in zip(results, references, strict=True):
-            assert (result.double() - reference).norm() <= bound * reference.norm()
+        exact = passes(search_in(name, torch.float64), images.double(), labels)
+    double = passes(search_in(name, torch.float64), images.double(), labels)
+    assert max(errors(double, exact)) <= 1e-9
+    single = errors(passes(search_in(name), images, labels), exact)
+    assert max(single[::2]) <= 1e-4, "losses"
+    assert max(single[1::2]) <= 0.1, "gradients"
 
 
 class Reads(TorchDispatchMode):
@@ -162,16 +173,19 @@ def step_gradients(search, images, labels):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_step_in_half_precision_is_near_the_one_in_float32(precision):
-    images, labels = batch(16)
-    full = step_gradients(search_in("mobilenet_v2"), images, labels)
-    search = search_in("mobilenet_v2", precision=precision)
-    half = step_gradients(search, images, labels)
-    scale = search.precision.state_dict().get("scale", 1.0)
-    assert (precision == "float16") == (scale > 1)
-    for got, wanted in zip(half, full, strict=True):
-        assert got.dtype == torch.float32
-        cosine = torch.cosine_similarity(got / scale, wanted, dim=0)
-        assert cosine > 0.9
+    images, labels = batch(8)
+    options = {"random_subnets": 0}
+    full = search_in("resnet18", **options).step(images, labels)
+    search = search_in("resnet18", precision=precision, **options)
+    seen = []
+    search.net.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    half = search.step(images, labels)
+    assert set(seen) == {getattr(torch, precision)}
+    assert all(flat.dtype == torch.float32 for flat in search.gradients.flat)
+    assert full.keys() == half.keys()
+    for name, value in full.items():
+        assert float(half[name]) == pytest.approx(float(value), rel=0.05, abs=0.02), name
+    assert (precision == "float16") == ("scale" in search.precision.state_dict())
 
 
 def test_parts_of_a_batch_add_up_to_its_gradients():

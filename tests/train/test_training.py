@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,12 +61,14 @@ def test_keeps_a_frozen_batch_norm_frozen(small_net, batch_of):
     assert stage.model[4].num_batches_tracked.item() == 1
 
 
-def test_continues_with_the_same_bits(small_net, batch_of, tmp_path):
-    stage = Training(small_net(), OPTIONS, steps=6)
+@pytest.mark.parametrize(("precision", "micro_batches"), [("float32", 1), ("float16", 3)])
+def test_continues_with_the_same_bits(small_net, batch_of, tmp_path, precision, micro_batches):
+    options = replace(OPTIONS, precision=precision, micro_batches=micro_batches)
+    stage = Training(small_net(), options, steps=6)
     for step in range(3):
         stage.step(*batch_of(step))
     checkpoint.save(tmp_path / "a.pt", stage.state_dict())
-    other = Training(small_net(seed=1), OPTIONS, steps=6)
+    other = Training(small_net(seed=1), options, steps=6)
     other.load_state_dict(checkpoint.load(tmp_path / "a.pt"))
     for step in range(3, 6):
         assert torch.equal(stage.step(*batch_of(step))["loss"], other.step(*batch_of(step))["loss"])
@@ -72,6 +76,66 @@ def test_continues_with_the_same_bits(small_net, batch_of, tmp_path):
         stage.model.state_dict().values(), other.model.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs)
+    assert other.precision.state_dict() == stage.precision.state_dict()
+
+
+def gradients(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_near_float32(small_net, batch_of, precision):
+    full = Training(small_net(), OPTIONS, steps=1)
+    half = Training(small_net(), replace(OPTIONS, precision=precision), steps=1)
+    seen = []
+    half.model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    wanted, got = (stage.step(*batch_of(0, images=16))["loss"] for stage in (full, half))
+    assert seen == [getattr(torch, precision)]
+    assert got.item() == pytest.approx(wanted.item(), rel=0.02)
+    assert not torch.equal(got, wanted)
+    # The bias in front of a batch norm has no gradient but rounding; the scale does not matter.
+    assert gradients(half.model).dtype == torch.float32
+    assert F.cosine_similarity(gradients(half.model), gradients(full.model), dim=0) > 0.99
+
+
+def test_parts_of_a_batch_add_up_to_its_gradients(small_net, batch_of):
+    """A batch of two equal halves has the statistics of each, so that nothing may differ."""
+    pixels, labels = batch_of(0)
+    images, labels = torch.cat([pixels, pixels]).double(), torch.cat([labels, labels])
+    whole, parts = (
+        Training(small_net().double(), replace(OPTIONS, micro_batches=count), steps=1)
+        for count in (1, 2)
+    )
+    seen = []
+    parts.model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    expected, metrics = whole.step(images, labels), parts.step(images, labels)
+    assert seen == [8, 8]
+    torch.testing.assert_close(metrics, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        gradients(parts.model), gradients(whole.model), rtol=1e-9, atol=1e-14
+    )
+
+
+def test_unequal_parts_count_by_their_images(small_net, batch_of):
+    """Without batch statistics, any parts add up."""
+    losses, found = [], []
+    for count in (1, 3):
+        model = small_net().double().train()
+        for norm in (model[1], model[4], model[7]):
+            norm.eval()
+        stage = Training(model, replace(OPTIONS, micro_batches=count), steps=1)
+        images, labels = batch_of(0)
+        losses.append(stage.step(images.double(), labels))
+        found.append(gradients(model))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-14)
+
+
+def test_refuses_a_batch_too_small_for_its_parts(small_net, batch_of):
+    stage = Training(small_net(), replace(OPTIONS, micro_batches=5), steps=1)
+    with pytest.raises(ConfigError, match="micro_batches is 5: too many parts for a batch of 8"):
+        stage.step(*batch_of(0))
+    assert stage.step_index == 0
 
 
 def test_a_loaded_state_is_not_shared(small_net, batch_of):
@@ -92,11 +156,19 @@ def test_refuses_the_state_of_something_else(small_net):
         stage.load_state_dict(Training(small_net(), OPTIONS, steps=5).state_dict())
     with pytest.raises(CheckpointError, match="not the state of a Training"):
         stage.load_state_dict({"alphas": torch.zeros(3)})
+    half = Training(small_net(), replace(OPTIONS, precision="float16"), steps=4)
+    with pytest.raises(CheckpointError, match="precision"):
+        half.load_state_dict(stage.state_dict())
 
 
 def test_refuses_options_out_of_range(small_net):
     with pytest.raises(ConfigError, match="label_smoothing"):
         TrainOptions(Schedule(0.1), label_smoothing=1.0)
+    with pytest.raises(ConfigError, match=r"precision must be one of .* got 'half'"):
+        TrainOptions(Schedule(0.1), precision="half")
+    for count in (0, True, 1.5):
+        with pytest.raises(ConfigError, match=f"micro_batches must be .* got {count}"):
+            TrainOptions(Schedule(0.1), micro_batches=count)
     with pytest.raises(ConfigError, match="momentum"):
         Training(small_net(), TrainOptions(Schedule(0.1), momentum=1.5), steps=1)
     with pytest.raises(ConfigError, match="steps"):
