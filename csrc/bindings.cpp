@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 #include "cpu/norm_act.h"
 #include "cpu/pointwise.h"
 #include "cpu/retain.h"
+#include "cpu/windows.h"
 #ifdef DMCP_WITH_CUDA
 #include "cuda/expected_cost.h"
 #include "cuda/norm_act.h"
@@ -273,6 +275,27 @@ void pointwise_grad_weight_cpu(int64_t rows, int64_t inputs, int64_t outputs, Ad
                                                 add);
 }
 
+using Pair = std::array<int64_t, 2>;
+
+dmcp::cpu::Windows windows_of(const std::array<int64_t, 4>& shape, Pair kernel, Pair stride,
+                              Pair padding, Pair dilation, int dtype) {
+  return {shape[0],   shape[1],   shape[2],    shape[3],    kernel[0],
+          kernel[1],  stride[0],  stride[1],   padding[0],  padding[1],
+          dilation[0], dilation[1], static_cast<dmcp::DType>(dtype)};
+}
+
+void gather_windows_cpu(const std::array<int64_t, 4>& shape, Pair kernel, Pair stride, Pair padding,
+                        Pair dilation, int dtype, Address images, int64_t pitch, Address matrix) {
+  dmcp::cpu::gather_windows(windows_of(shape, kernel, stride, padding, dilation, dtype),
+                            input(images, pitch), at<void>(matrix));
+}
+
+void scatter_windows_cpu(const std::array<int64_t, 4>& shape, Pair kernel, Pair stride,
+                         Pair padding, Pair dilation, int dtype, Address matrix, Address images) {
+  dmcp::cpu::scatter_windows(windows_of(shape, kernel, stride, padding, dilation, dtype),
+                             at<const void>(matrix), at<void>(images));
+}
+
 #ifdef DMCP_WITH_CUDA
 cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
@@ -392,6 +415,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("depthwise_cpu", &depthwise_cpu, no_gil);
   m.def("depthwise_grad_input_cpu", &depthwise_grad_input_cpu, no_gil);
   m.def("depthwise_grad_weight_cpu", &depthwise_grad_weight_cpu, no_gil);
+  m.def("gather_windows_cpu", &gather_windows_cpu, no_gil);
+  m.def("scatter_windows_cpu", &scatter_windows_cpu, no_gil);
   m.def("pointwise_cpu", &pointwise_cpu, no_gil);
   m.def("pointwise_grad_input_cpu", &pointwise_grad_input_cpu, no_gil);
   m.def("pointwise_grad_weight_cpu", &pointwise_grad_weight_cpu, no_gil);

@@ -1,5 +1,7 @@
 """The compiled module (csrc/bindings.cpp). Arrays are addresses, sizes are in elements."""
 
+from collections.abc import Sequence
+
 with_cuda: bool
 
 def retain_cpu(
@@ -312,6 +314,27 @@ def pointwise_grad_weight_cpu(
     into_pitch: int,
     add: bool,
     isa: str,
+) -> None: ...
+def gather_windows_cpu(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: int,
+    images: int,
+    pitch: int,
+    matrix: int,
+) -> None: ...
+def scatter_windows_cpu(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: int,
+    matrix: int,
+    images: int,
 ) -> None: ...
 def norm_workspace_cuda(
     batch: int, channels: int, pixels: int, channels_last: bool, dtype: int

@@ -381,15 +381,20 @@ def _product(
     y, _, y_pitch = empty_last(x, outputs, height, width)
     columns = columns_of(outputs)
     resident = _resident_programs(x.device)
-    depth = 32 if inputs <= 32 or columns == 128 or prologue is not None else 64
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    vec, weight_vec = vec_of(placed), vec_of(Placed(weight, True, weight.stride(0)))
     few = _cdiv(rows, 128) * _cdiv(outputs, columns) < resident
-    crowded = columns == 128 and (prologue is not None or sums)  # the registers
-    blocks, warps = _blocks(64 if few or crowded else 128, columns, depth, x.itemsize)
+    # What needs registers: the addresses of single elements, a prologue, sums.
+    single = 1 in (vec, weight_vec)
+    crowded = single or (columns == 128 and (prologue is not None or sums))
+    shallow = inputs <= 32 or columns == 128 or single or prologue is not None
+    blocks, warps = _blocks(
+        64 if few or crowded else 128, columns, 32 if shallow else 64, x.itemsize
+    )
     across, row_blocks = _cdiv(outputs, blocks.columns), _cdiv(rows, blocks.rows)
     # Few partial sums, but several rounds of programs: their last one is not full.
     steps = _cdiv(row_blocks, _cdiv(4 * resident, across)) if sums else 1
     groups = _cdiv(row_blocks, steps)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     partials = new_partials(x, groups, outputs) if sums else None
     pointwise_kernel[(across * groups,)](
         x=placed.tensor,
@@ -407,8 +412,8 @@ def _product(
         depth=_loops(_cdiv(inputs, blocks.depth), x.device),
         transposed=transposed,
         ragged=inputs % (ACCESS // x.itemsize) != 0,
-        vec=vec_of(placed),
-        weight_vec=vec_of(Placed(weight, True, weight.stride(0))),
+        vec=vec,
+        weight_vec=weight_vec,
         dtype=_multiplied(x),
         blocks=blocks,
         num_warps=warps,
@@ -422,7 +427,7 @@ def _blocks(rows: int, columns: int, depth: int, itemsize: int) -> tuple[Blocks,
     """With the number of warps. Products in float32 keep all their operands in registers."""
     if itemsize == 4:
         return Blocks(min(rows, 64), min(columns, 64), 16), 8
-    return Blocks(rows, columns, depth), 8 if rows * columns >= 8192 else 4
+    return Blocks(rows, columns, depth), 8 if rows * columns >= 4096 else 4
 
 
 def columns_of(channels: int) -> int:

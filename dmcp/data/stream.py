@@ -51,7 +51,8 @@ def train_stream(
         start_step: steps already done.
         world_rank: this process; it gets its contiguous, equal slice of every batch.
         world_size: number of processes; divides ``batch_size``.
-        workers: processes that decode images; a set held in memory is read without them.
+        workers: processes that decode images while steps run; with 0 each step waits for its
+            images. A set held in memory is read without them.
         device: where batches are put and augmented.
         augment: change images at random, as suits the set (see `dmcp.data.augment`).
         crop_scale: smallest share of the area that a random resized crop keeps, in (0, 1].
@@ -161,11 +162,16 @@ class _Fetch(Dataset[tuple[Tensor, Tensor] | DataError]):
 def _load(
     images: ImageSet, plan: Iterator[list[int]], workers: int, device: torch.device | str
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Raw batches on the device: uint8 images [N, C, D, D] and labels [N]."""
+    """Raw batches on the device: uint8 images [N, C, D, D] and labels [N].
+
+    Workers have the next batches ready while a step runs, in pinned memory for a GPU. No copy waits
+    for the GPU: it queues up behind the step, and so does the augmentation.
+    """
     loader: DataLoader[tuple[Tensor, Tensor] | DataError] = DataLoader(
         _Fetch(images),
         batch_size=None,  # the plan's entries are whole batches
         sampler=plan,
+        # A worker would hand a batch over in many times what gathering it from memory takes.
         num_workers=0 if isinstance(images, MemoryImages) else workers,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # else it takes a number from the global one

@@ -152,7 +152,7 @@ class MarkovConv2d(nn.Conv2d):
         if self.groups != 1 and not depthwise:
             return None
         kernel, stride, dilation = self.kernel_size, self.stride, self.dilation
-        return Convolution(kernel, stride, self.padding, dilation, depthwise)  # type: ignore[arg-type]
+        return Convolution(self.in_channels, kernel, stride, self.padding, dilation, depthwise)  # type: ignore[arg-type]
 
     def _can_fuse(self, x: Tensor, norm: MarkovBatchNorm2d) -> bool:
         return (

@@ -81,7 +81,7 @@ class _ConvNormAct(torch.autograd.Function):
         options: Options,
         widths: tuple[int, ...] | None,
     ) -> Tensor:
-        ctx.products = products(conv, x.device.type)
+        ctx.products = products(conv, x)
         ctx.shape, ctx.options, ctx.widths = x.shape, options, widths
         ctx.leaves = weight, norm_weight, norm_bias
         cut = ctx.products.cut(weight, widths)

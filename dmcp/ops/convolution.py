@@ -4,7 +4,9 @@ PyTorch gives them to oneDNN on CPU, which compiles code for every shape that it
 to two milliseconds for each. A search draws new widths in every step, so here
 
 * a pointwise (1x1) convolution is a matrix product, see `dmcp.ops.pointwise`,
-* a depthwise one has kernels of its own, see `dmcp.ops.depthwise`, and
+* a depthwise one has kernels of its own, see `dmcp.ops.depthwise`,
+* another one whose inputs are narrowed, or that has few windows, is a matrix product with the
+  pixels of its windows, see `dmcp.ops.windows`, and
 * every other one is left to PyTorch, as are those on other devices.
 """
 
@@ -17,20 +19,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmcp.ops import depthwise, pointwise  # noqa: F401  (they register their ops)
+import dmcp.ops.depthwise
+import dmcp.ops.pointwise
+import dmcp.ops.windows  # noqa: F401  (they register their ops)
 from dmcp.ops.layout import prefix
 from dmcp.ops.library import op
 
 Pair = tuple[int, int]
+
+_FEW_WINDOWS = 256
+"""Up to as many windows in a batch, gathering them costs less than what oneDNN's blocks waste."""
 
 
 class Convolution(NamedTuple):
     """What is fixed about a convolution without bias, whose padding is zeros.
 
     Attributes:
+        inputs: channels that it convolves when nothing is narrowed.
         depthwise: whether every channel, however many there are, has its own kernel.
     """
 
+    inputs: int
     kernel: Pair
     stride: Pair
     padding: Pair
@@ -55,7 +64,7 @@ class Products:
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """[N, C, H, W] and a weight -> [N, O, H', W']."""
-        _, stride, padding, dilation, apart = self._conv
+        _, _, stride, padding, dilation, apart = self._conv
         groups = x.shape[1] if apart else 1
         return torch.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
 
@@ -74,7 +83,7 @@ class Products:
     def _backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, stride, padding, dilation, apart = self._conv
+        _, _, stride, padding, dilation, apart = self._conv
         groups = x.shape[1] if apart else 1
         return torch.ops.aten.convolution_backward.default(
             *(grad, x, weight.to(x.dtype), None, stride, padding, dilation),
@@ -113,16 +122,54 @@ class _Depthwise(Products):
         into += op("depthwise_grad_weight", grad)(grad, x, kernel, stride)
 
 
-@cache
-def products(conv: Convolution, device: str) -> Products:
-    """Who computes a convolution on a type of device."""
+class _Gathered(Products):
+    """As matrix products with the pixels of every window."""
+
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        windows = self._windows(x)
+        return op("pointwise", windows)(windows, _matrix(weight))
+
+    def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        windows = op("pointwise_grad_input", grad)(grad, _matrix(weight))
+        return op("scatter_windows", grad)(windows, shape[2:], *self._conv[1:5])
+
+    def add_grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, into: Tensor) -> None:
+        outputs, inputs, height, width = weight.shape
+        found = into.new_zeros(outputs, height * width * inputs)
+        op("pointwise_grad_weight", grad)(grad, self._windows(x), found)
+        into += found.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        return op("gather_windows", x)(x, *self._conv[1:5])
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[O, C, kh, kw] -> [O, kh kw C]."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def products(conv: Convolution, x: Tensor) -> Products:
+    """Who computes a convolution of ``x``."""
     # Elsewhere nothing has been measured to beat the vendor's kernels.
-    if device != "cpu":
+    if not x.is_cpu:
         return Products(conv)
-    if conv == ((1, 1), (1, 1), (0, 0), (1, 1), False):
-        return _Pointwise(conv)
-    size, stride = conv.kernel[0], conv.stride[0]
-    same = Convolution((size, size), (stride, stride), (size // 2, size // 2), (1, 1), True)
-    if conv == same and size in (3, 5) and stride in (1, 2):
-        return _Depthwise(conv)
-    return Products(conv)
+    own = _of_shape(conv)
+    if own is not None:
+        return own
+    batch, channels, height, width = x.shape
+    windows = batch * height * width // (conv.stride[0] * conv.stride[1])
+    gathers = channels != conv.inputs or windows <= _FEW_WINDOWS
+    return _Gathered(conv) if gathers and not conv.depthwise else Products(conv)
+
+
+@cache
+def _of_shape(conv: Convolution) -> Products | None:
+    """Who computes it whatever the sizes of the tensors."""
+    _, kernel, stride, padding, dilation, depthwise = conv
+    if dilation != (1, 1) or kernel[0] != kernel[1] or stride[0] != stride[1]:
+        return None
+    if padding != (kernel[0] // 2, kernel[0] // 2):
+        return None
+    if depthwise:
+        return _Depthwise(conv) if kernel[0] in (3, 5) and stride[0] in (1, 2) else None
+    return _Pointwise(conv) if kernel == stride == (1, 1) else None

@@ -86,6 +86,12 @@ def test_the_seed_decides_and_the_global_state_stays(format: ImageFormat) -> Non
     assert not torch.equal(augment(images, 4), first)
 
 
+@pytest.mark.parametrize("format", [PHOTOS, DIGITS, ImageFormat(72, (0.5,) * 3, (1.0,) * 3, True)])
+def test_nothing_is_read_back_from_the_device(format: ImageFormat) -> None:
+    images = random_images(format, 8).to("meta")  # which has no numbers to read
+    assert augmentation(format, 0.25)(images, 3).shape == images.shape
+
+
 def test_normalisation_crops_the_centre() -> None:
     images = random_images(PHOTOS, 4, size=20)
     mean = torch.tensor(PHOTOS.mean).view(3, 1, 1)

@@ -202,6 +202,20 @@ def test_cuda_stream_equals_the_cpu_one(photos: Path, workers: int) -> None:
         assert torch.equal(there.labels.cpu(), here.labels)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [16, 70])  # shifted, and cropped with jitter
+def test_a_batch_does_not_wait_for_the_gpu(photos: Path, size: int) -> None:
+    images = open_data(str(photos), image_size=size).train
+    stream = train_stream(images, 4, seed=0, steps=6, workers=1, device="cuda")
+    next(stream)  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(stream)) == 5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_streams_can_be_abandoned() -> None:
     stream = train_stream(numbered(40), 8, seed=0, steps=100, augment=False)
     assert len(list(islice(stream, 3))) == 3

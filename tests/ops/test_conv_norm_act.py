@@ -11,20 +11,26 @@ from dmcp.ops.convolution import Convolution
 from dmcp.ops.layout import prefix
 from dmcp.ops.norm_act import Options
 
-POINTWISE = Convolution((1, 1), (1, 1), (0, 0), (1, 1), False)
+INPUTS, OUTPUTS, BATCH, SIZE = 11, 13, 3, 9
+
+POINTWISE = Convolution(INPUTS, (1, 1), (1, 1), (0, 0), (1, 1), False)
 CONVOLUTIONS = {
     "pointwise": POINTWISE,
     "strided pointwise": POINTWISE._replace(stride=(2, 2)),
-    "depthwise 3": Convolution((3, 3), (1, 1), (1, 1), (1, 1), True),
-    "depthwise 3 / 2": Convolution((3, 3), (2, 2), (1, 1), (1, 1), True),
-    "depthwise 5": Convolution((5, 5), (1, 1), (2, 2), (1, 1), True),
-    "depthwise 5 / 2": Convolution((5, 5), (2, 2), (2, 2), (1, 1), True),
-    "depthwise dilated": Convolution((3, 3), (1, 1), (2, 2), (2, 2), True),
-    "depthwise oblong": Convolution((3, 5), (1, 2), (1, 2), (1, 1), True),
-    "dense 3": Convolution((3, 3), (1, 1), (1, 1), (1, 1), False),
-    "dense 7 / 2": Convolution((7, 7), (2, 2), (3, 3), (1, 1), False),
+    "depthwise 3": Convolution(INPUTS, (3, 3), (1, 1), (1, 1), (1, 1), True),
+    "depthwise 3 / 2": Convolution(INPUTS, (3, 3), (2, 2), (1, 1), (1, 1), True),
+    "depthwise 5": Convolution(INPUTS, (5, 5), (1, 1), (2, 2), (1, 1), True),
+    "depthwise 5 / 2": Convolution(INPUTS, (5, 5), (2, 2), (2, 2), (1, 1), True),
+    "depthwise dilated": Convolution(INPUTS, (3, 3), (1, 1), (2, 2), (2, 2), True),
+    "depthwise oblong": Convolution(INPUTS, (3, 5), (1, 2), (1, 2), (1, 1), True),
+    "dense 3": Convolution(INPUTS, (3, 3), (1, 1), (1, 1), (1, 1), False),
+    "dense 3 / 2 narrowed": Convolution(2 * INPUTS, (3, 3), (2, 2), (1, 1), (1, 1), False),
+    "dense 3 narrowed, dilated": Convolution(2 * INPUTS, (3, 3), (1, 1), (2, 2), (2, 2), False),
+    "dense 3 narrowed, unpadded": Convolution(2 * INPUTS, (3, 3), (3, 3), (0, 0), (1, 1), False),
+    "dense 3 x 5 narrowed": Convolution(2 * INPUTS, (3, 5), (2, 1), (1, 0), (1, 2), False),
+    "strided pointwise narrowed": POINTWISE._replace(stride=(2, 2), inputs=2 * INPUTS),
+    "dense 7 / 2": Convolution(INPUTS, (7, 7), (2, 2), (3, 3), (1, 1), False),
 }
-INPUTS, OUTPUTS, BATCH, SIZE = 11, 13, 3, 9
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-1}
 
 
@@ -129,7 +135,9 @@ def test_a_residual_joins_before_or_after_the_activation(name, act, place):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["pointwise", "depthwise 3 / 2", "dense 3"])
+@pytest.mark.parametrize(
+    "name", ["pointwise", "depthwise 3 / 2", "dense 3", "dense 3 / 2 narrowed"]
+)
 def test_a_prefix_of_the_weights_gets_its_gradients_added(name, dtype):
     """As if the weights had been cut, and with what was in ``.grad`` before."""
     conv = CONVOLUTIONS[name]
