@@ -30,6 +30,7 @@ from dmcp.train.loss import accuracy, cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 from dmcp.train.parts import Part, split_batch, sum_of
 from dmcp.train.precision import MixedPrecision
+from dmcp.train.training import learn_labels
 
 
 class Search:
@@ -210,7 +211,9 @@ class Search:
             random_subnets(self.net, options.random_subnets, self._uniform_share(), self.generator),
         )
         with self.net.accumulating():
-            loss, teachers = self._widest_loss(batch)
+            loss, teachers = learn_labels(
+                self.net, batch, self.precision, options.label_smoothing
+            )
             other_losses = [self._subnet_loss(widths, batch, teachers) for widths in others]
         self.gradients.average(self.world)
         self.precision.step(self.optimizer)
@@ -220,17 +223,6 @@ class Search:
             "subnet_loss": torch.stack(other_losses).mean(),
         }
         return metrics, teachers
-
-    def _widest_loss(self, batch: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
-        losses, teachers = [], []
-        for part in batch:
-            with self.precision.autocast():
-                logits = self.net(part.images)
-                loss = cross_entropy(logits, part.labels, self.options.label_smoothing) * part.share
-            self.precision.backward(loss)
-            losses.append(loss.detach())
-            teachers.append(logits.detach())
-        return sum_of(losses), teachers
 
     def _subnet_loss(
         self, widths: Mapping[str, int], batch: Sequence[Part], teachers: Sequence[Tensor]
