@@ -1,5 +1,6 @@
 #include "cpu/windows.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -33,13 +34,25 @@ void narrow(float value, uint16_t& result) {
   result = value == value ? static_cast<uint16_t>(rounded >> 16) : 0x7fc0;
 }
 
-// The pixel of the window grid that has input pixel `at` under tap `tap`; -1 if none has.
-int64_t window_of(int64_t at, int64_t tap, int64_t stride, int64_t padding, int64_t dilation,
-                  int64_t count) {
-  const int64_t offset = at + padding - tap * dilation;
-  if (offset < 0 || offset % stride != 0 || offset / stride >= count) return -1;
-  return offset / stride;
-}
+// Along one axis: for every pixel its windows, as (window, tap) pairs, those of pixel p from
+// first[p] to first[p + 1], in the order of the taps.
+struct Holders {
+  std::vector<int64_t> window, tap, first;
+
+  Holders(int64_t pixels, int64_t windows, int64_t taps, int64_t stride, int64_t padding,
+          int64_t dilation) {
+    first.push_back(0);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t offset = pixel + padding - t * dilation;
+        if (offset < 0 || offset % stride != 0 || offset / stride >= windows) continue;
+        window.push_back(offset / stride);
+        tap.push_back(t);
+      }
+      first.push_back(static_cast<int64_t>(tap.size()));
+    }
+  }
+};
 
 template <typename T>
 void scatter(const Windows& w, const T* matrix, T* images) {
@@ -47,33 +60,34 @@ void scatter(const Windows& w, const T* matrix, T* images) {
   const int64_t rows = w.rows(), columns = w.columns(), channels = w.channels;
   const int64_t length = w.kernel_height * w.kernel_width * channels;
   const int64_t lines = w.batch * w.height;
+  const Holders down(w.height, rows, w.kernel_height, w.stride_height, w.padding_height,
+                     w.dilation_height);
+  const Holders along(w.width, columns, w.kernel_width, w.stride_width, w.padding_width,
+                      w.dilation_width);
 #ifdef _OPENMP
 #pragma omp parallel if (lines * w.width * length * sizeof(T) > kParallelBytes)
 #endif
   {
-    std::vector<S> sums(channels);
+    std::vector<S> line_sums(w.width * channels);
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t image = line / w.height, y = line % w.height;
-      for (int64_t x = 0; x < w.width; ++x) {
-        std::memset(sums.data(), 0, channels * sizeof(S));
-        for (int64_t i = 0; i < w.kernel_height; ++i) {
-          const int64_t row =
-              window_of(y, i, w.stride_height, w.padding_height, w.dilation_height, rows);
-          for (int64_t j = 0; row >= 0 && j < w.kernel_width; ++j) {
-            const int64_t column =
-                window_of(x, j, w.stride_width, w.padding_width, w.dilation_width, columns);
-            if (column < 0) continue;
-            const T* terms = matrix + ((image * rows + row) * columns + column) * length +
-                             (i * w.kernel_width + j) * channels;
+      std::fill(line_sums.begin(), line_sums.end(), S(0));
+      for (int64_t i = down.first[y]; i < down.first[y + 1]; ++i) {
+        const T* windows = matrix + (image * rows + down.window[i]) * columns * length +
+                           down.tap[i] * w.kernel_width * channels;
+        for (int64_t x = 0; x < w.width; ++x) {
+          S* sums = line_sums.data() + x * channels;
+          for (int64_t j = along.first[x]; j < along.first[x + 1]; ++j) {
+            const T* terms = windows + along.window[j] * length + along.tap[j] * channels;
             for (int64_t c = 0; c < channels; ++c) sums[c] += widened(terms[c]);
           }
         }
-        T* pixel = images + (line * w.width + x) * channels;
-        for (int64_t c = 0; c < channels; ++c) narrow(sums[c], pixel[c]);
       }
+      T* pixels = images + line * w.width * channels;
+      for (int64_t c = 0; c < w.width * channels; ++c) narrow(line_sums[c], pixels[c]);
     }
   }
 }
