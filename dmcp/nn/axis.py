@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmcp.nn.chain import MarkovChain
-from dmcp.ops.layout import prefix
+from dmcp.ops.layout import gradient_of, prefix
 
 
 class Axis(Protocol):
@@ -126,7 +126,7 @@ class _Prefix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        prefix(ctx.parameter.grad, ctx.lengths).add_(gradient)
+        prefix(gradient_of(ctx.parameter), ctx.lengths).add_(gradient)
         return None, None
 
 

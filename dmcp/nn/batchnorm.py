@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dmcp.nn.axis import Axis, select
+from dmcp.errors import TraceError
+from dmcp.nn.axis import Axis, scale_channels, select
 from dmcp.nn.chain import MarkovChain, PassState
 from dmcp.ops import Activation, ResidualPlace, norm_act, norm_act_reference
 from dmcp.ops.norm_act_eager import stats_dtype
@@ -21,6 +23,22 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.SiLU: "silu",
 }
 """The activations that `dmcp.ops.norm_act` computes in the same pass, by their modules."""
+
+
+class HandoverError(TraceError):
+    """A norm and what stands in front of it or behind it are not next to each other in a pass as
+    they were when the network was traced: other code is between them.
+
+    Attributes:
+        norm: the norm.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(
+            f"{norm}: it was computed together with its convolution or activation, as the trace "
+            "allows, but in this pass other code stands between them"
+        )
+        self.norm = norm
 
 
 class NormPass(NamedTuple):
@@ -60,8 +78,8 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     Attributes:
         state: of the pass; a part of a sub-network or a masked network does not track statistics
             even if its own axis is whole.
-        fused: True while the convolution in front computes all of this, which then passes its input
-            on.
+        handed: what a convolution that leads this norm has computed for it in this pass, a weak
+            reference, until it is called: see `MarkovConv2d.lead`.
         sync_world: the processes whose batch statistics are joined in training, None for this one's
             alone; `dmcp.train.synchronise_batch_norm` sets it.
     """
@@ -84,7 +102,9 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         self.act: Activation = act
         self.masks = masks
         self.state = PassState()
-        self.fused = False
+        self.handed: weakref.ref[Tensor] | None = None
+        # In a tuple, so that it is not registered here as well.
+        self._followers: tuple[FusedActivation | None] = (None,)
         self.sync_world: World | None = None
         # In a tuple, so that a shared chain is not registered as a submodule of each follower.
         self._axes: tuple[Axis | None] = (chain,)
@@ -99,13 +119,25 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
             x: [N, C or fewer, H, W].
             residual: of the shape of ``x``.
             residual_place: ``"before"`` or ``"after"`` the activation.
+
+        Raises:
+            HandoverError: the convolution that leads this norm has computed it, but something else
+                comes in.
         """
-        return x if self.fused else self.normalise(x, residual, residual_place)
+        handed, self.handed = self.handed, None
+        if handed is None:
+            x = self.normalise(x, residual, residual_place)
+        elif handed() is not x or residual is not None:
+            raise HandoverError(self)
+        (follower,) = self._followers
+        if follower is not None:
+            follower.handed = weakref.ref(x)
+        return x
 
     def normalise(
         self, x: Tensor, residual: Tensor | None, residual_place: ResidualPlace
     ) -> Tensor:
-        """What `forward` computes while nothing in front of this module does."""
+        """What `forward` computes where nothing in front of this module has."""
         self._check_input_dim(x)
         now = self.now()
         weight, bias = select(self.weight, 0, now.keep), select(self.bias, 0, now.keep)
@@ -161,3 +193,47 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
+
+
+class FusedActivation(nn.Module):
+    """Stands for an activation that the norm in front of it computes, mask and all, and passes on
+    what comes from there. Where that norm was not called it does both itself.
+
+    Args:
+        norm: the norm, whose ``act`` is this activation.
+        module: the activation.
+
+    Attributes:
+        handed: what the norm has computed in this pass, a weak reference, until this is called.
+    """
+
+    def __init__(self, norm: MarkovBatchNorm2d, module: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that neither is registered: the norm is elsewhere, the module is replaced.
+        self._modules_behind = norm, module
+        self.masks = False
+        self.handed: weakref.ref[Tensor] | None = None
+        norm._followers = (self,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises HandoverError if something else comes in than what the norm has computed."""
+        norm, module = self._modules_behind
+        handed, self.handed = self.handed, None
+        if handed is not None and handed() is x:
+            return x
+        if handed is not None:
+            raise HandoverError(norm)
+        y: Tensor = module(x)
+        axis = norm._axes[0]
+        if axis is None or not (self.masks or norm.masks):
+            return y
+        return scale_channels(y, axis.mask, axis.keep(), 1)
+
+    def part(self) -> None:
+        """Do the activation and the mask here from now on."""
+        norm, _ = self._modules_behind
+        self.masks, norm.masks = norm.masks, False
+        norm.act, norm._followers = "identity", (None,)
+
+    def extra_repr(self) -> str:
+        return self._modules_behind[0].act

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Literal
 
 import torch
@@ -16,18 +17,17 @@ from dmcp.nn.chain import MarkovChain, PassState
 from dmcp.ops import ResidualPlace
 from dmcp.ops.conv_norm_act import Norm, conv_norm_act
 from dmcp.ops.convolution import Convolution
-from dmcp.ops.norm_act import Options
-from dmcp.ops.norm_act_eager import stats_dtype
+from dmcp.ops.norm_act import Options, check_residual_place
 
 
 class MarkovConv2d(nn.Conv2d):
     """``nn.Conv2d`` whose output channels are retained by a Markov chain.
 
     While the chain is at full width and its mask is off this is ``nn.Conv2d`` (followed by its norm
-    and activation), bit for bit. A narrower chain makes it compute a prefix of its output channels;
-    a narrower input makes it use the matching prefix of its input channels. With the mask on (see
-    `masked`), channels are scaled by their retain probabilities: after the norm, and after the
-    activation.
+    and activation): bit for bit with the eager ops, to rounding with the kernels. A narrower chain
+    makes it compute a prefix of its output channels; a narrower input makes it use the matching
+    prefix of its input channels. With the mask on (see `masked`), channels are scaled by their
+    retain probabilities: after the norm, and after the activation.
 
     Args:
         in_channels … dtype: as ``nn.Conv2d``.
@@ -100,7 +100,6 @@ class MarkovConv2d(nn.Conv2d):
         self.norm = None
         # In a tuple, as it may be registered elsewhere: see `lead`.
         self._norms: tuple[MarkovBatchNorm2d | None] = (None,)
-        self._geometry = self._geometry_of_kernels()
         if norm is not None:
             self.norm = _follow(norm, chain, out_channels, masks=self.act is None)
             self.norm.act = fused or "identity"
@@ -126,52 +125,68 @@ class MarkovConv2d(nn.Conv2d):
             raise ConfigError("a residual needs a norm, with an activation that it computes")
         axis = self._axes[1]
         keep = axis.keep() if axis is not None else None
-        if norm is None:
-            y = self._convolve(x, keep)
-        elif self._can_fuse(x, norm):
-            y = self._with_norm(x, norm, residual, residual_place == "before")
+        geometry = self._geometry(x, norm) if norm is not None else None
+        if norm is not None and geometry is not None:
+            y = self._with_norm(x, norm, residual, residual_place, geometry)
+            if norm is not self.norm:
+                norm.handed = weakref.ref(y)
         else:
-            y = norm.normalise(self._convolve(x, keep), residual, residual_place)
+            y = self._convolve(x, keep)
+            if self.norm is not None:
+                y = self.norm.normalise(y, residual, residual_place)
         if self.act is not None:
             y = self.act(y)
         mask = axis.mask if axis is not None and self.masks else None
         return scale_channels(y, mask, keep, y.ndim - 3)
 
-    def lead(self, norm: MarkovBatchNorm2d) -> None:
-        """Compute also what a norm that is registered elsewhere computes, which then passes its
-        input on. The norm must follow the same chain and read nothing but this module's output,
-        which nothing else may read."""
+    def lead(self, norm: MarkovBatchNorm2d | None) -> None:
+        """In training, compute also what a norm that is registered elsewhere computes, which then
+        passes its input on; None: no longer. The norm follows the same chain and reads this
+        module's output, which nothing else reads."""
         self._norms = (norm,)
-        norm.fused = True
 
-    def _geometry_of_kernels(self) -> Convolution | None:
-        """What the kernels of `conv_norm_act` are told; None if they cannot compute this."""
-        depthwise = self.groups == self.in_channels == self.out_channels > 1
+    def _geometry(self, x: Tensor, norm: MarkovBatchNorm2d) -> Convolution | None:
+        """What `conv_norm_act` is told; None if it does not compute this pass."""
+        if not accelerated() or not norm.training or norm.is_synchronised:
+            return None
+        if norm is not self.norm and (
+            self._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks
+        ):
+            return None  # somebody looks at what is in between
+        # One channel is channels last in every layout: which one is meant, it does not say.
+        if x.ndim != 4 or x.shape[1] == 1 or not x.numel():
+            return None
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        dtype = self._dtype(x)
+        vectors = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if any(v is not None and (v.dtype != dtype or v.device != x.device) for v in vectors):
+            return None
         if self.bias is not None or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return None
+        depthwise = self.groups == self.in_channels == self.out_channels
         if self.groups != 1 and not depthwise:
             return None
-        kernel, stride, dilation = self.kernel_size, self.stride, self.dilation
-        return Convolution(self.in_channels, kernel, stride, self.padding, dilation, depthwise)  # type: ignore[arg-type]
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return Convolution(self.in_channels, *shape, depthwise)  # type: ignore[arg-type]
 
-    def _can_fuse(self, x: Tensor, norm: MarkovBatchNorm2d) -> bool:
-        return (
-            self._geometry is not None
-            and accelerated()
-            and norm.training
-            and not norm.is_synchronised
-            and x.ndim == 4
-            and x.numel() > 0
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and self.weight.dtype == stats_dtype(x)
-        )
+    def _dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype that parameters must have for the kernels; None if they take no such x."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            return torch.float32
+        return x.dtype if x.dtype in (torch.float32, torch.float64) else None
 
     def _with_norm(
-        self, x: Tensor, norm: MarkovBatchNorm2d, residual: Tensor | None, before: bool
+        self,
+        x: Tensor,
+        norm: MarkovBatchNorm2d,
+        residual: Tensor | None,
+        residual_place: ResidualPlace,
+        geometry: Convolution,
     ) -> Tensor:
-        assert self._geometry is not None
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         now = norm.now()
         parameters: tuple[Tensor | None, ...] = (self.weight, norm.weight, norm.bias)
@@ -180,12 +195,14 @@ class MarkovConv2d(nn.Conv2d):
             widths = prefix_lengths(self.weight, keeps)
         if widths is None:
             parameters = tuple(p if p is None else cut(p, *keeps[: p.ndim]) for p in parameters)
+        check_residual_place(residual_place)
+        before = residual is not None and residual_place == "before"
         options = Options(now.momentum, norm.eps, norm.act, before)
         scale = None if now.scale is None else now.scale.to(self.weight.dtype)
         weight, gain, bias = parameters
         assert weight is not None
         tensors = Norm(gain, bias, scale, residual, now.mean, now.var)
-        return conv_norm_act(x, weight, tensors, self._geometry, options, widths)
+        return conv_norm_act(x, weight, tensors, geometry, options, widths)
 
     def _convolve(self, x: Tensor, keep: slice | Tensor | None) -> Tensor:
         inputs = self._inputs(x, keep)

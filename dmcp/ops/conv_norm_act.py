@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmcp.ops.convolution import Convolution, products
-from dmcp.ops.layout import prefix
+from dmcp.ops.layout import gradient_of, prefix
 from dmcp.ops.library import op
-from dmcp.ops.norm_act import Options, check_count, train_gradients
+from dmcp.ops.norm_act import Options, check_count, check_residual, train_gradients
 
 
 class Norm(NamedTuple):
@@ -57,7 +57,7 @@ def conv_norm_act(
         y [N, O, H', W'], of the dtype of ``x``, channels last.
 
     Raises:
-        ValueError: fewer than two values per channel.
+        ValueError: fewer than two values per channel, or a residual that does not fit.
     """
     if norm.running_mean is not None and norm.running_var is not None:
         # Ops do not count what they write; a backward that saved these has to notice.
@@ -88,6 +88,7 @@ class _ConvNormAct(torch.autograd.Function):
         gain, bias = _cut(norm_weight, widths), _cut(norm_bias, widths)
         z = ctx.products.output(x, cut)
         check_count(z, 2)
+        check_residual(z, residual)
         y, moments = op("norm_act_train", z)(
             z, gain, bias, scale, residual, running_mean, running_var, *options
         )
@@ -104,10 +105,10 @@ class _ConvNormAct(torch.autograd.Function):
         needed, in_autograd = ctx.needs_input_grad, ctx.widths is None
         into: list[Tensor | None] = [None, None, None]
         if not in_autograd:
-            into = [leaf.grad if leaf is not None else None for leaf in ctx.leaves]
-            into = [t if wanted else None for t, wanted in zip(into, needed[1:4], strict=True)]
+            leaves = zip(ctx.leaves, needed[1:4], strict=True)
+            into = [gradient_of(leaf) if wanted else None for leaf, wanted in leaves]
         elif needed[1]:
-            into[0] = torch.zeros_like(ctx.leaves[0])
+            into[0] = torch.zeros_like(ctx.leaves[0], memory_format=torch.channels_last)
         grad_z, sums, grad_residual = train_gradients(
             grad,
             *(z, moments, gain, bias, scale, residual, eps, act, into[1], into[2]),

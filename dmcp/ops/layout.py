@@ -71,6 +71,20 @@ def empty_like(other: Placed) -> Placed:
     return Placed(x.new_empty_strided(x.shape, x.stride()), channels_last, pitch)
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    """The ``.grad`` that a backward adds to.
+
+    Raises:
+        RuntimeError: it was there in the forward pass and is gone.
+    """
+    if leaf.grad is None:
+        raise RuntimeError(
+            "the .grad that gradients were to be added to was set to None after the forward pass; "
+            "clear gradients before it"
+        )
+    return leaf.grad
+
+
 def prefix(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
     """A view of the first part of the first dimensions; ``tensor`` itself where that is all."""
     shape = (*lengths, *tensor.shape[len(lengths) :])

@@ -346,15 +346,8 @@ def _check(x: Tensor, act: str, residual: Tensor | None, place: str, **vectors: 
         raise ValueError(f"x must be [N, C, ...], got the shape {list(x.shape)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if place not in ("before", "after"):
-        raise ValueError(f"residual_place must be 'before' or 'after', got {place!r}")
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
-        raise ValueError(
-            f"residual must be {x.dtype} {list(x.shape)} like x, "
-            f"got {residual.dtype} {list(residual.shape)}"
-        )
-    if residual is not None and residual.device != x.device:
-        raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
+    check_residual_place(place)
+    check_residual(x, residual)
     dtype, shape, device = stats_dtype(x), (x.shape[1],), x.device
     for name, vector in vectors.items():
         if vector is None:
@@ -365,6 +358,25 @@ def _check(x: Tensor, act: str, residual: Tensor | None, place: str, **vectors: 
             raise ValueError(f"{name} must be {[*shape]}, got the shape {[*vector.shape]}")
         if vector.device != device:
             raise ValueError(f"{name} must be on {device} like x, got {vector.device}")
+
+
+def check_residual_place(place: str) -> None:
+    """Raises ValueError unless it is one."""
+    if place not in ("before", "after"):
+        raise ValueError(f"residual_place must be 'before' or 'after', got {place!r}")
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """Raises ValueError unless it can be added to what ``x`` becomes."""
+    if residual is None:
+        return
+    if residual.dtype != x.dtype or residual.shape != x.shape:
+        raise ValueError(
+            f"residual must be {x.dtype} {list(x.shape)} like x, "
+            f"got {residual.dtype} {list(residual.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
 
 
 def check_count(x: Tensor, fewest: int) -> None:

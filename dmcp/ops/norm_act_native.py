@@ -181,8 +181,12 @@ class CpuKernels(NativeKernels):
         sums = moments.new_empty((3, x.shape[1]))
         affine = (*_rows(moments), *_addresses(vectors), eps, ACTIVATIONS.index(act))
         tensors = (*_pitched(incoming), *_pitched(placed), *_pitched(grad_x))
-        added = (sums.data_ptr(), *_addresses((add_weight, add_bias)))
+        targets = [_addable(target, sums) for target in (add_weight, add_bias)]
+        added = (sums.data_ptr(), *_addresses(targets))
         self._launch("norm_act_train_backward", placed, *affine, *tensors, *added)
+        for target, given in zip(targets, (add_weight, add_bias), strict=True):
+            if given is not None and target is not None and target is not given:
+                given[: x.shape[1]] += target
         return grad_x.tensor, sums
 
 
@@ -238,6 +242,13 @@ def _pitched(placed: Placed | None) -> tuple[int, int]:
 def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
     """Without gaps; who takes their addresses has to keep them until the kernel has run."""
     return [vector if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _addable(target: Tensor | None, sums: Tensor) -> Tensor | None:
+    """``target`` if a kernel may add to its first elements as they lie, else zeros to add to it."""
+    if target is None or (target.is_contiguous() and target.dtype == sums.dtype):
+        return target
+    return sums.new_zeros(sums.shape[1])
 
 
 def _write_back(updated: Sequence[Tensor | None], *given: Tensor | None) -> None:

@@ -65,6 +65,7 @@ class CpuKernels:
     def gather_windows(
         self, x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor:
+        _check(x, kernel, stride, dilation)
         tensor, _, pitch = place_channels_last(x)
         size = _windows(x.shape, kernel, stride, padding, dilation)
         windows = _image(x, (x.shape[0], kernel[0] * kernel[1] * x.shape[1], *size))
@@ -83,8 +84,15 @@ class CpuKernels:
     ) -> Tensor:
         if windows.dtype == torch.float16:
             return EagerKernels.scatter_windows(windows, size, kernel, stride, padding, dilation)
+        _check(windows, kernel, stride, dilation)
         windows = windows.contiguous(memory_format=torch.channels_last)
-        channels = windows.shape[1] // (kernel[0] * kernel[1])
+        channels, rest = divmod(windows.shape[1], kernel[0] * kernel[1])
+        expected = _windows((0, 0, *size), kernel, stride, padding, dilation)
+        if rest or tuple(windows.shape[2:]) != expected:
+            raise ValueError(
+                f"windows must be [N, {kernel[0] * kernel[1]} C, {expected[0]}, {expected[1]}], "
+                f"got the shape {list(windows.shape)}"
+            )
         image = _image(windows, (windows.shape[0], channels, *size))
         geometry = (image.shape, kernel, stride, padding, dilation, DTYPES[windows.dtype])
         self._native.scatter_windows_cpu(*geometry, windows.data_ptr(), image.data_ptr())
@@ -104,6 +112,15 @@ def _windows(
     sizes = zip(shape[2:], kernel, stride, padding, dilation, strict=True)
     rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
     return rows, columns
+
+
+def _check(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> None:
+    if x.ndim != 4 or x.dtype not in DTYPES:
+        raise ValueError(f"images must be [N, C, H, W] of floats, got {x.dtype} {list(x.shape)}")
+    if min(*kernel, *stride, *dilation) < 1:
+        raise ValueError(
+            f"kernel, stride and dilation must be positive, got {kernel}, {stride}, {dilation}"
+        )
 
 
 def _computable(x: Tensor) -> Tensor:

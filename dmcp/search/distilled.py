@@ -55,7 +55,7 @@ class DistilledTraining:
         device = net.architecture_parameters()[0].device
         self.world = world or World.single(device)
         self.precision = MixedPrecision(options.precision, device)
-        self.gradients = GradientBuffer(net.weight_parameters())
+        self.gradients = GradientBuffer(net.trained_parameters(), net.weight_parameters())
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
         broadcast_parameters(net, self.world)
 

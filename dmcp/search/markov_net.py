@@ -28,7 +28,7 @@ from dmcp.nn import (
     width_choices,
 )
 from dmcp.nn.axis import length, scale_channels, select
-from dmcp.nn.batchnorm import ACTIVATIONS
+from dmcp.nn.batchnorm import ACTIVATIONS, FusedActivation, HandoverError
 from dmcp.nn.chain import PassState, scaled
 from dmcp.nn.conv import share_tensors
 from dmcp.ops import CostTable, ExpectedCost, expected_cost, retain
@@ -96,22 +96,69 @@ class MarkovNet(nn.Module):
             }
         )
         self._state = PassState()
+        self._leads: dict[MarkovBatchNorm2d, MarkovConv2d] = {}
+        self._handing: list[MarkovBatchNorm2d | FusedActivation] = []
+        self._handed_over = False
         self._table = self.cost_table(())
         self._install(sites)
         for module in self.model.modules():
             if isinstance(module, MarkovBatchNorm2d | MarkovConv2d | MarkovLinear):
                 module.state = self._state
+            if isinstance(module, MarkovBatchNorm2d | FusedActivation):
+                self._handing.append(module)
         self._set_tracking()
 
     # Compiled, every structure would be a program of its own, half a minute each; what a compiler
     # would fuse is fused. Code around a net compiles, without a look at the widths.
     @torch.compiler.disable
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """As the user's model. ``torch.compile`` leaves it as it is."""
+        """As the user's model. ``torch.compile`` leaves it as it is.
+
+        Raises:
+            HandoverError: the model's code does something else between a convolution and its norm
+                in this pass of training than it did in the first one.
+        """
+        if self._handed_over or not self.training:
+            return self._pass(*inputs, **keywords)
+        # The trace is of an evaluation; what the code does in training only shows now.
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        generators = _generators()
+        while not self._handed_over:
+            try:
+                result = self._pass(*inputs, **keywords)
+                self._handed_over = True
+            except HandoverError as error:
+                self._part(error.norm)
+                _set_generators(generators)
+                with torch.no_grad():
+                    for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                        buffer.copy_(before)
+        return result
+
+    def _pass(self, *inputs: Any, **keywords: Any) -> Any:
+        for module in self._handing:
+            module.handed = None
         if self._state.tracks or not self._loose:
-            return self.model(*inputs, **keywords)
-        tensors = {name: loose.now(self.model) for name, loose in self._loose.items()}
-        return functional_call(self.model, tensors, inputs, keywords)
+            result = self.model(*inputs, **keywords)
+        else:
+            tensors = {name: loose.now(self.model) for name, loose in self._loose.items()}
+            result = functional_call(self.model, tensors, inputs, keywords)
+        for module in self._handing:
+            if module.handed is not None:
+                raise HandoverError(module)
+        return result
+
+    def _part(self, norm: nn.Module) -> None:
+        """Let a norm, and the modules around it, compute themselves from now on."""
+        if isinstance(norm, FusedActivation):
+            norm.part()
+            return
+        assert isinstance(norm, MarkovBatchNorm2d)
+        if norm in self._leads:
+            self._leads.pop(norm).lead(None)
+        (follower,) = norm._followers
+        if follower is not None:
+            follower.part()
 
     def chain(self, unit: str) -> MarkovChain:
         """The chain of a unit, by its name.
@@ -126,6 +173,11 @@ class MarkovNet(nn.Module):
     def weight_parameters(self) -> list[nn.Parameter]:
         """The user's parameters."""
         return list(self.model.parameters())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of the user's parameters that the traced computation reads."""
+        names = {name for node in self.graph.nodes for name in node.parameters}
+        return [p for name, p in self.model.named_parameters() if name in names]
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         """α of every chain, in the order of the units."""
@@ -170,14 +222,16 @@ class MarkovNet(nn.Module):
         of weights straight to the ``.grad`` that these have, in a sub-network to a part of it,
         where autograd would make one of the full size, mostly zeros, for each.
 
-        The gradients are the same. Autograd does not see them: ``torch.autograd.grad``, hooks of
-        parameters and ``DistributedDataParallel`` need passes outside.
+        The gradients are the same, if ``.grad`` stays until the backward. Autograd does not see
+        them: ``torch.autograd.grad``, hooks of parameters and ``DistributedDataParallel`` need
+        passes outside.
         """
+        before = self._state.accumulates
         try:
             self._state.accumulates = True
             yield
         finally:
-            self._state.accumulates = False
+            self._state.accumulates = before
 
     def cost_table(self, costs: Sequence[Cost]) -> CostTable:
         """What `expected_cost` needs to know about costs of ``graph``. Build it once."""
@@ -255,11 +309,13 @@ class MarkovNet(nn.Module):
         for norm, site in joined.activations.items():
             fused, module = followers.get(norm), original.get_submodule(site)
             if isinstance(fused, MarkovBatchNorm2d) and _fuse(fused, module):
-                copies[id(module)] = nn.Identity().train(module.training)
+                copies[id(module)] = FusedActivation(fused, module).train(module.training)
                 fused.masks = placed.pop(site, None) is not None or fused.masks
         for conv, norm in joined.norms.items():
-            if conv not in placed:
-                _lead(followers.get(conv), followers.get(norm))
+            leading, following = followers.get(conv), followers.get(norm)
+            if conv not in placed and _can_lead(leading, following):
+                leading.lead(following)  # type: ignore[union-attr, operator]
+                self._leads[following] = leading  # type: ignore[index, assignment]
         self.model = copy.deepcopy(original, copies)
         for site, number in placed.items():
             ((dim, channels),) = graph.nodes[number].axes
@@ -324,6 +380,18 @@ class MarkovNet(nn.Module):
         if alpha.device != self._table.offsets.device:
             self._table = self._table.to(alpha.device)
         return self
+
+
+def _generators() -> list[Tensor]:
+    """The states of torch's global generators, of the CPU and of every GPU in use."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpus]
+
+
+def _set_generators(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 @dataclass(frozen=True)
@@ -407,12 +475,11 @@ def _fuse(norm: MarkovBatchNorm2d, module: nn.Module) -> bool:
     return True
 
 
-def _lead(conv: nn.Module | None, norm: nn.Module | None) -> None:
-    """Let a convolution compute the norm behind it, if both can and nobody watches either."""
+def _can_lead(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether a convolution may compute the norm behind it: nobody watches either."""
     if not isinstance(conv, MarkovConv2d) or not isinstance(norm, MarkovBatchNorm2d):
-        return
-    if not _are_watched(conv, norm):
-        conv.lead(norm)
+        return False
+    return not _are_watched(conv, norm)
 
 
 def _are_watched(*modules: nn.Module) -> bool:

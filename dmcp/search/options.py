@@ -40,8 +40,8 @@ class SearchOptions:
         arch_lr: learning rate of α over the steps after the warm-up.
         budget_loss, budget_weight, tolerance: see `BudgetLoss`.
         precision: of activations and their gradients, see `dmcp.train.precision.MixedPrecision`.
-        micro_batches: parts in which a batch is computed, to save memory. Gradients are those of
-            the whole batch, but batch norm sees each part alone.
+        micro_batches: parts in which a batch is computed, to save memory. Gradients are the means
+            of those of the parts; batch norm and ``match_scale`` see each part alone.
     """
 
     warmup: float = 0.5

@@ -72,7 +72,7 @@ class Search:
         self.steps = steps
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.gradients = GradientBuffer(net.weight_parameters())
+        self.gradients = GradientBuffer(net.trained_parameters(), net.weight_parameters())
         device = net.architecture_parameters()[0].device
         self.world = world or World.single(device)
         self.precision = MixedPrecision(options.precision, device)
@@ -211,9 +211,7 @@ class Search:
             random_subnets(self.net, options.random_subnets, self._uniform_share(), self.generator),
         )
         with self.net.accumulating():
-            loss, teachers = learn_labels(
-                self.net, batch, self.precision, options.label_smoothing
-            )
+            loss, teachers = learn_labels(self.net, batch, self.precision, options.label_smoothing)
             other_losses = [self._subnet_loss(widths, batch, teachers) for widths in others]
         self.gradients.average(self.world)
         self.precision.step(self.optimizer)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dmcp.train.distributed import World
+from dmcp.train.distributed import World, average_gradients
 
 
 class GradientBuffer:
@@ -18,15 +18,24 @@ class GradientBuffer:
     in it; zeroing and averaging over processes take one operation each.
 
     Args:
-        parameters: those that want a gradient; the others stay without.
+        parameters: those that every step gives a gradient; those that do not want one stay without.
+        others: parameters whose gradients stay their own, and None in a step that gives them none,
+            so that an optimiser leaves them as they are.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], others: Iterable[nn.Parameter] = ()
+    ) -> None:
+        parameters = list(parameters)
+        inside = {id(parameter) for parameter in parameters}
+        self._others = [parameter for parameter in others if id(parameter) not in inside]
         self._parts: list[tuple[nn.Parameter, Tensor]] = []
         self.flat: list[Tensor] = []
         by_dtype: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for parameter in parameters:
-            if parameter.requires_grad:
+            if not parameter.requires_grad:
+                self._others.append(parameter)
+            else:
                 by_dtype.setdefault((parameter.dtype, parameter.device), []).append(parameter)
         for (dtype, device), group in by_dtype.items():
             flat = torch.zeros(sum(p.numel() for p in group), dtype=dtype, device=device)
@@ -37,7 +46,9 @@ class GradientBuffer:
     def zero(self) -> None:
         """Start a new step: every gradient is a part of the buffer, and zero."""
         for parameter, part in self._parts:
-            parameter.grad = part
+            parameter.grad = part if parameter.requires_grad else None
+        for parameter in self._others:
+            parameter.grad = None
         for flat in self.flat:
             flat.zero_()
 
@@ -48,6 +59,7 @@ class GradientBuffer:
         for flat in self.flat:
             dist.all_reduce(flat)
             flat /= world.size
+        average_gradients(self._others, world)
 
 
 def _strided_like(part: Tensor, parameter: Tensor) -> Tensor:

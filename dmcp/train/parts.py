@@ -28,9 +28,12 @@ def split_batch(images: Tensor, labels: Tensor, count: int) -> list[Part]:
     """A batch in ``count`` parts, as equal as they can be.
 
     Raises:
-        ConfigError: a part would have fewer than two images, which is no batch to normalise by.
+        ConfigError: a part would have fewer than two images, which is no batch to normalise by, or
+            there are no images.
     """
     size = len(images)
+    if not size:
+        raise ConfigError("images: the batch is empty")
     if count > 1 and size < 2 * count:
         raise ConfigError(f"micro_batches is {count}: too many parts for a batch of {size} images")
     parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)

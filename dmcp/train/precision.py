@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dmcp.errors import ConfigError
+from dmcp.errors import CheckpointError, ConfigError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -34,6 +34,7 @@ class MixedPrecision:
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
+        self.precision = precision
         self._device = device.type
         self._dtype: torch.dtype = getattr(torch, precision)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
@@ -57,8 +58,18 @@ class MixedPrecision:
         self._scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scaler.state_dict()
+        return {"precision": self.precision, **self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            CheckpointError: it is of another precision.
+        """
+        if state["precision"] != self.precision:
+            raise CheckpointError(
+                f"the checkpoint's precision is {state['precision']}, this run's is {self.precision}"
+            )
+        scaler = {key: value for key, value in state.items() if key != "precision"}
         if self._scaler.is_enabled():
-            self._scaler.load_state_dict(dict(state))
+            self._scaler.load_state_dict(scaler)

@@ -209,3 +209,26 @@ def test_bad_arguments_are_named():
         ConfigError, match="depthwise convolution that gets 16 channels cannot make 8"
     ):
         depthwise(torch.zeros(1, 16, 4, 4))
+
+
+@pytest.mark.parametrize("bad", ["shape", "dtype"])
+def test_a_residual_that_does_not_fit_is_refused(bad):
+    layer = MarkovConv2d(4, 8, 1, bias=False, norm=nn.BatchNorm2d(8), act=nn.ReLU())
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(2, 8, 1, 1) if bad == "shape" else torch.randn(2, 8, 3, 3).double()
+    with pytest.raises(ValueError, match="residual must be"):
+        layer(x, residual)
+    with pytest.raises(ValueError, match="residual_place must be"):
+        layer(x, torch.randn(2, 8, 3, 3), "behind")
+
+
+def test_a_norm_of_another_dtype_is_left_to_pytorch():
+    layer = MarkovConv2d(4, 8, 1, bias=False, norm=nn.BatchNorm2d(8).double())
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    with pytest.raises((TypeError, RuntimeError)):
+        layer(x)
+
+
+def test_images_of_one_channel_keep_their_layout():
+    layer = MarkovConv2d(1, 8, 3, padding=1, bias=False, norm=nn.BatchNorm2d(8))
+    assert layer(torch.randn(2, 1, 5, 5)).is_contiguous()

@@ -93,11 +93,12 @@ def test_unmasked_and_surely_retained_nets_are_the_users_model_bit_for_bit(
     assert all(alpha.grad is not None for alpha in net.architecture_parameters())
 
 
-def test_an_unmasked_net_is_the_users_model_to_rounding(network, net, tensors):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_unmasked_net_is_the_users_model_to_rounding(network, net, tensors, memory_format):
     """With the kernels of this machine; the last bits are PyTorch's with the reference ops only."""
-    model = net.double().graph.model
+    model = net.double().to(memory_format=memory_format).graph.model
     plain = copy.deepcopy(model)
-    inputs = doubled(network.inputs)
+    inputs = tuple(x.to(memory_format=memory_format) for x in doubled(network.inputs))
     expected, actual = (passes(either, inputs, tensors) for either in (plain, net))
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
@@ -152,11 +153,13 @@ def test_a_sub_network_equals_the_extracted_network(network, net, random_widths,
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_sub_network_in_training_equals_the_extracted_network(
-    network, net, random_widths, tensors
+    network, net, random_widths, tensors, memory_format
 ):
     """Batch statistics and gradients too; running statistics stay."""
-    model, inputs = net.double().graph.model, doubled(network.inputs)
+    model = net.double().to(memory_format=memory_format).graph.model
+    inputs = tuple(x.to(memory_format=memory_format) for x in doubled(network.inputs))
     widths = random_widths(net.graph)
     small = dmcp.extract(net.graph, widths)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -87,7 +87,7 @@ def test_every_pass_is_that_of_plain_pytorch(name):
 
 
 class Reads(TorchDispatchMode):
-    """Operators after which the host waits for numbers."""
+    """Operators after which the host waits for numbers; what the host drew itself may be read."""
 
     def __init__(self):
         super().__init__()
@@ -114,6 +114,102 @@ def test_a_step_does_not_wait_for_numbers(arch_optimizer, uniform_share):
     with Reads() as reads:
         search.step(*batch())
     assert reads.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_does_not_wait_for_the_gpu():
+    model = NETWORKS["mobilenet_v2"]().cuda().to(memory_format=torch.channels_last)
+    images, labels = (tensor.cuda() for tensor in batch())
+    net = MarkovNet(model, images[:2], divisor=1)
+    search = Search(net, Budget(macs="50%"), 10, SearchOptions(warmup=0.0, uniform_share=1e-9))
+    search.step(images, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        search.step(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class TrainingNoise(nn.Module):
+    """In training there is code between a convolution and its norm, or none behind it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn, self.relu = nn.BatchNorm2d(16), nn.ReLU()
+        self.second = nn.Conv2d(16, 16, 1, bias=False)
+        self.second_bn, self.head = nn.BatchNorm2d(16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.training and self.kind == "clamped":
+            x = x.clamp(-0.5, 0.5)
+        if not (self.training and self.kind == "skipped"):
+            x = self.bn(x)
+        if self.training and self.kind == "shifted":
+            x = x - 0.3
+        if not (self.training and self.kind == "linear"):
+            x = self.relu(x)
+        x = self.second_bn(self.second(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "clamped", "skipped", "shifted", "linear"])
+def test_code_between_a_convolution_and_its_norm_in_training_is_found(kind):
+    torch.manual_seed(0)
+    model = TrainingNoise(kind).to(memory_format=torch.channels_last)
+    images, _ = batch(4, 16)
+    net = MarkovNet(model, images, divisor=1).train()
+    plain = copy.deepcopy(model).train()
+    for _ in range(2):
+        torch.testing.assert_close(net(images), plain(images), rtol=1e-4, atol=1e-5)
+        for (name, got), wanted in zip(
+            model.state_dict().items(), plain.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_hooks_that_come_later_see_what_they_would_in_the_model():
+    torch.manual_seed(0)
+    model = TrainingNoise("plain").to(memory_format=torch.channels_last)
+    images, _ = batch(4, 16)
+    net = MarkovNet(model, images, divisor=1).train()
+    net(images)
+    seen = []
+    net.model.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net.model.second_bn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(images)
+    torch.testing.assert_close(seen[0], model.conv(images), rtol=1e-4, atol=1e-5)
+    assert seen[1].mean((0, 2, 3)).abs().max() > 1e-3, "not normalised yet"
+
+
+def test_parameters_that_take_no_part_are_left_alone():
+    torch.manual_seed(0)
+    model = NETWORKS["mobilenet_v2"]().to(memory_format=torch.channels_last)
+    model.unused = nn.Linear(4, 4)
+    images, labels = batch(4)
+    search = Search(MarkovNet(model, images, divisor=1), Budget(macs="50%"), 10)
+    model.layer1[0].depthwise.weight.requires_grad_(False)
+    frozen = [model.unused.weight, model.layer1[0].depthwise.weight]
+    before = [parameter.clone() for parameter in frozen]
+    search.step(images, labels)
+    search.step(images, labels)
+    for parameter, wanted in zip(frozen, before, strict=True):
+        assert torch.equal(parameter, wanted)
+
+
+def test_gradients_taken_away_before_the_backward_are_an_error():
+    net = search_in("mobilenet_v2").net
+    images, labels = batch()
+    for parameter in net.weight_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with net.accumulating(), net.at(narrowest(net)):
+        loss = nn.functional.cross_entropy(net(images), labels)
+    net.zero_grad(set_to_none=True)
+    with pytest.raises(RuntimeError, match="set to None after the forward pass"):
+        loss.backward()
 
 
 def test_a_loop_around_a_net_compiles_once_for_all_widths():
