@@ -46,6 +46,11 @@ class Convolution(NamedTuple):
     dilation: Pair
     depthwise: bool
 
+    @property
+    def geometry(self) -> tuple[Pair, Pair, Pair, Pair]:
+        """Kernel, stride, padding and dilation."""
+        return self.kernel, self.stride, self.padding, self.dilation
+
 
 class Products:
     """By PyTorch, for every convolution. Weights may be of a wider dtype than ``x`` and ``grad``.
@@ -64,8 +69,8 @@ class Products:
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """[N, C, H, W] and a weight -> [N, O, H', W']."""
-        _, _, stride, padding, dilation, apart = self._conv
-        groups = x.shape[1] if apart else 1
+        _, stride, padding, dilation = self._conv.geometry
+        groups = x.shape[1] if self._conv.depthwise else 1
         return torch.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
@@ -83,8 +88,8 @@ class Products:
     def _backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, _, stride, padding, dilation, apart = self._conv
-        groups = x.shape[1] if apart else 1
+        _, stride, padding, dilation = self._conv.geometry
+        groups = x.shape[1] if self._conv.depthwise else 1
         return torch.ops.aten.convolution_backward.default(
             *(grad, x, weight.to(x.dtype), None, stride, padding, dilation),
             *(False, (0, 0), groups, wanted),
@@ -131,7 +136,7 @@ class _Gathered(Products):
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         windows = op("pointwise_grad_input", grad)(grad, _matrix(weight))
-        return op("scatter_windows", grad)(windows, shape[2:], *self._conv[1:5])
+        return op("scatter_windows", grad)(windows, shape[2:], *self._conv.geometry)
 
     def add_grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, into: Tensor) -> None:
         outputs, inputs, height, width = weight.shape
@@ -140,7 +145,7 @@ class _Gathered(Products):
         into += found.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
 
     def _windows(self, x: Tensor) -> Tensor:
-        return op("gather_windows", x)(x, *self._conv[1:5])
+        return op("gather_windows", x)(x, *self._conv.geometry)
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class MixedPrecision:
         """
         if state["precision"] != self.precision:
             raise CheckpointError(
-                f"the checkpoint's precision is {state['precision']}, this run's is {self.precision}"
+                f"the checkpoint's precision is {state['precision']}, the run's is {self.precision}"
             )
         scaler = {key: value for key, value in state.items() if key != "precision"}
         if self._scaler.is_enabled():
