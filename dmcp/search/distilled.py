@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from dmcp.search.markov_net import MarkovNet
 from dmcp.train.distributed import World, broadcast_parameters
 from dmcp.train.gradients import GradientBuffer
 from dmcp.train.loss import accuracy, distillation
-from dmcp.train.optim import set_lr, sgd
+from dmcp.train.optim import restore, set_lr, sgd
 from dmcp.train.parts import Part, split_batch, sum_of
 from dmcp.train.precision import MixedPrecision
 from dmcp.train.training import TrainOptions, learn_labels
@@ -111,8 +110,7 @@ class DistilledTraining:
                 )
         try:
             self.net.load_state_dict(state["net"])
-            # a copy, because the optimiser would keep and update the tensors it is given
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            restore(self.optimizer, state["optimizer"])
             self.precision.load_state_dict(state["precision"])
             self.step_index = state["step_index"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from dmcp.train.distributed import (
 )
 from dmcp.train.gradients import GradientBuffer
 from dmcp.train.loss import accuracy, cross_entropy, distillation
-from dmcp.train.optim import set_lr, sgd
+from dmcp.train.optim import restore, set_lr, sgd
 from dmcp.train.parts import Part, split_batch, sum_of
 from dmcp.train.precision import MixedPrecision
 from dmcp.train.training import learn_labels
@@ -189,9 +188,8 @@ class Search:
             )
         try:
             self.net.load_state_dict(state["net"])
-            # Copies, because an optimiser would keep and update the tensors it is given.
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-            self.arch_optimizer.load_state_dict(copy.deepcopy(state["arch_optimizer"]))
+            restore(self.optimizer, state["optimizer"])
+            restore(self.arch_optimizer, state["arch_optimizer"])
             self.budget_loss.load_state_dict(state["budget_loss"])
             self.precision.load_state_dict(state["precision"])
             self.generator.set_state(state["generator"])

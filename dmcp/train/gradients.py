@@ -45,7 +45,10 @@ class GradientBuffer:
 
     def zero(self) -> None:
         """Start a new step: every gradient is a part of the buffer, and zero."""
-        for parameter, part in self._parts:
+        for number, (parameter, part) in enumerate(self._parts):
+            if part.stride() != parameter.stride():  # its memory format was changed
+                part = _strided_like(part, parameter)
+                self._parts[number] = parameter, part
             parameter.grad = part if parameter.requires_grad else None
         for parameter in self._others:
             parameter.grad = None
@@ -63,6 +66,7 @@ class GradientBuffer:
 
 
 def _strided_like(part: Tensor, parameter: Tensor) -> Tensor:
-    """The elements of a part in the order in which the parameter's lie, as optimisers like them."""
+    """The elements of a part in the order in which the parameter's lie: the fused optimisers of the
+    CPU walk over memory, whatever the strides."""
     dense = torch.empty_like(parameter, device="meta")
     return part.as_strided(parameter.shape, dense.stride(), part.storage_offset())

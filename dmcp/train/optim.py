@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
 
@@ -89,6 +92,21 @@ def sgd(
     return torch.optim.SGD(
         groups, lr=schedule.at(0), momentum=momentum, nesterov=nesterov and momentum > 0, fused=True
     )
+
+
+def restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the state of an optimiser, whose own tensors stay as they are.
+
+    The fused optimisers of the CPU walk over memory: a momentum that lies in another memory format
+    than its parameter would be added to the wrong weights.
+    """
+    # A copy, because an optimiser would keep and update the tensors it is given.
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    for parameter, kept in optimizer.state.items():
+        for name, tensor in kept.items():
+            same = not isinstance(tensor, Tensor) or tensor.stride() == parameter.stride()
+            if not same and tensor.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor).detach()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

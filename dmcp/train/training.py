@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from dmcp.errors import CheckpointError, ConfigError
 from dmcp.train.distributed import World, average_gradients, broadcast_parameters
 from dmcp.train.loss import accuracy, cross_entropy
-from dmcp.train.optim import Schedule, set_lr, sgd
+from dmcp.train.optim import Schedule, restore, set_lr, sgd
 from dmcp.train.parts import Part, check_micro_batches, split_batch, sum_of
 from dmcp.train.precision import MixedPrecision, Precision, check_precision
 
@@ -131,8 +130,7 @@ class Training:
             )
         try:
             self.model.load_state_dict(state["model"])
-            # a copy, because the optimiser would keep and update the tensors it is given
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            restore(self.optimizer, state["optimizer"])
             self.precision.load_state_dict(state["precision"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(

@@ -341,3 +341,13 @@ def test_users_who_do_not_ask_for_it_get_gradients_by_autograd():
         nn.functional.cross_entropy(net(images), labels).backward()
     for parameter, wanted in zip(parameters, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_lie_as_the_weights_do_after_a_change_of_memory_format():
+    search = search_in("resnet18")
+    images, labels = batch()
+    search.net.to(memory_format=torch.contiguous_format)
+    search.gradients.zero()
+    for parameter in search.net.weight_parameters():
+        assert parameter.grad.stride() == parameter.stride()
+    search.step(images.contiguous(), labels)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -173,3 +174,18 @@ def test_refuses_options_out_of_range(small_net):
         Training(small_net(), TrainOptions(Schedule(0.1), momentum=1.5), steps=1)
     with pytest.raises(ConfigError, match="steps"):
         Training(small_net(), OPTIONS, steps=0)
+
+
+def test_a_state_of_another_memory_format_continues_the_same(small_net, batch_of):
+    """The fused optimiser walks over memory, so the momentum has to lie as the weights do."""
+    stages = [
+        Training(small_net().to(memory_format=layout), OPTIONS, steps=4)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    stages[0].step(*batch_of(0))
+    stages[1].load_state_dict(copy.deepcopy(stages[0].state_dict()))
+    for stage in stages:
+        for step in (1, 2):
+            stage.step(*batch_of(step))
+    for one, other in zip(*(stage.model.parameters() for stage in stages), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
