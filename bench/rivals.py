@@ -24,6 +24,7 @@ from layers import Layer
 from torch import Tensor
 
 from dmcp.backends import native_cuda, native_module, triton_installed
+from dmcp.ops.library import replaced
 from dmcp.ops.norm_act_eager import activation
 
 # By its name: dmcp.ops.norm_act is the function once dmcp.ops exports it.
@@ -206,9 +207,7 @@ def kernels_of(rival: str) -> Iterator[None]:
         yield
         return
     kernels: Any = _ops.TritonKernels() if rival == "triton" else _ops.CudaKernels(native_module())
-    with torch.library._scoped_library("dmcp", "IMPL") as library:
-        for op in _ops.OPS:
-            library.impl(op, getattr(kernels, op), "CUDA")
+    with replaced({op: getattr(kernels, op) for op in _ops.OPS}, "CUDA"):
         yield
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,20 @@ def register(
         if kernel is not None:
             LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"dmcp::{name}", fake, lib=LIBRARY)
+
+
+@contextmanager
+def replaced(kernels: Mapping[str, Kernel], key: str) -> Iterator[None]:
+    """While the context is open, other kernels compute some ops, by their names, on the tensors of
+    a dispatch key, ``"CPU"`` or ``"CUDA"``."""
+    hidden = {n: _CPU_KERNELS.pop(n) for n in kernels if key == "CPU" and n in _CPU_KERNELS}
+    try:
+        with torch.library._scoped_library("dmcp", "IMPL") as library:
+            for name, kernel in kernels.items():
+                library.impl(name, kernel, key)
+            yield
+    finally:
+        _CPU_KERNELS.update(hidden)
 
 
 def op(name: str, x: Tensor) -> Kernel:

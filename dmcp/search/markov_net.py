@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from math import lcm
 from typing import Any
 
@@ -71,6 +72,7 @@ class MarkovNet(nn.Module):
         graph: ChannelGraph | None = None,
     ) -> None:
         super().__init__()
+        _leave_to_itself()
         if example_inputs is not None and graph is None:
             graph = trace(model, example_inputs)
         elif example_inputs is not None or graph is None:
@@ -108,9 +110,6 @@ class MarkovNet(nn.Module):
                 self._handing.append(module)
         self._set_tracking()
 
-    # Compiled, every structure would be a program of its own, half a minute each; what a compiler
-    # would fuse is fused. Code around a net compiles, without a look at the widths.
-    @torch.compiler.disable
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """As the user's model. ``torch.compile`` leaves it as it is.
 
@@ -380,6 +379,14 @@ class MarkovNet(nn.Module):
         if alpha.device != self._table.offsets.device:
             self._table = self._table.to(alpha.device)
         return self
+
+
+@cache
+def _leave_to_itself() -> None:
+    """Keep ``torch.compile`` out of every net. Compiled, each structure would be a program of its
+    own, half a minute each; what a compiler would fuse is fused. Code around a net compiles,
+    without a look at the widths. Not at import, as it loads the compiler."""
+    MarkovNet.forward = torch.compiler.disable(MarkovNet.forward)  # type: ignore[method-assign]
 
 
 def _generators() -> list[Tensor]:

@@ -26,6 +26,7 @@ from torch.library import opcheck
 
 from dmcp.backends import native_cuda, native_module, triton_installed
 from dmcp.ops.layout import Placed
+from dmcp.ops.library import replaced
 from dmcp.ops.norm_act_eager import ACTIVATIONS, EagerKernels, activation, norm_act_reference
 from dmcp.ops.norm_act_native import CpuKernels, CudaKernels
 
@@ -60,9 +61,8 @@ class Backend:
             yield norm_act_reference
             return
         kernels = self.kernels()
-        with torch.library._scoped_library("dmcp", "IMPL") as library:
-            for op in MODULE._SCHEMAS:
-                library.impl(op, MODULE._kernel(kernels, op), self.device.upper())
+        ops = {op: MODULE._kernel(kernels, op) for op in MODULE._SCHEMAS}
+        with replaced(ops, self.device.upper()):
             yield norm_act
 
 

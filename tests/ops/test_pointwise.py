@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from dmcp.backends import native_module
+from dmcp.ops.library import replaced
 from dmcp.ops.pointwise import SCHEMAS, WEIGHTS, CpuKernels, EagerKernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*\n.*previously registered kernel")
@@ -33,9 +34,7 @@ class Backend:
     def installed(self):
         """The dispatcher picks these kernels, and afterwards those it had."""
         kernels = self.kernels()
-        with torch.library._scoped_library("dmcp", "IMPL") as library:
-            for op in SCHEMAS:
-                library.impl(op, getattr(kernels, op), self.device.upper())
+        with replaced({op: getattr(kernels, op) for op in SCHEMAS}, self.device.upper()):
             yield torch.ops.dmcp
 
 
