@@ -123,21 +123,21 @@ class MarkovConv2d(nn.Conv2d):
         (norm,) = self._norms
         if residual is not None and (norm is None or self.act is not None):
             raise ConfigError("a residual needs a norm, with an activation that it computes")
-        axis = self._axes[1]
-        keep = axis.keep() if axis is not None else None
         geometry = self._geometry(x, norm) if norm is not None else None
         if norm is not None and geometry is not None:
             y = self._with_norm(x, norm, residual, residual_place, geometry)
             if norm is not self.norm:
                 norm.handed = weakref.ref(y)
         else:
-            y = self._convolve(x, keep)
+            y = self._convolve(x)
             if self.norm is not None:
                 y = self.norm.normalise(y, residual, residual_place)
         if self.act is not None:
             y = self.act(y)
-        mask = axis.mask if axis is not None and self.masks else None
-        return scale_channels(y, mask, keep, y.ndim - 3)
+        axis = self._axes[1]
+        if axis is None or not self.masks:
+            return y
+        return scale_channels(y, axis.mask, axis.keep(), y.ndim - 3)
 
     def lead(self, norm: MarkovBatchNorm2d | None) -> None:
         """In training, compute also what a norm that is registered elsewhere computes, which then
@@ -204,7 +204,9 @@ class MarkovConv2d(nn.Conv2d):
         tensors = Norm(gain, bias, scale, residual, now.mean, now.var)
         return conv_norm_act(x, weight, tensors, geometry, options, widths)
 
-    def _convolve(self, x: Tensor, keep: slice | Tensor | None) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
+        axis = self._axes[1]
+        keep = axis.keep() if axis is not None else None
         inputs = self._inputs(x, keep)
         weight = cut(self.weight, keep, inputs, accumulates=self.state.accumulates)
         bias = cut(self.bias, keep, accumulates=self.state.accumulates)
