@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
 from dmcp.errors import BudgetError
 from dmcp.graph import ChannelGraph
+from dmcp.methods.growth import even_worth, grow
+from dmcp.methods.lab import Lab
+from dmcp.methods.method import Pruned
 from dmcp.search import Targets
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Equal shares of all units."""
+
+    uses_pretrained: ClassVar[bool] = False
+
+    def find(self, lab: Lab) -> dict[str, Pruned]:
+        """See `Method`."""
+        even = even_worth(lab.graph)
+        found = {}
+        for label, targets in lab.targets.items():
+            # On a coarse grid equal shares may leave room for a group.
+            widths = uniform_widths(lab.graph, targets)
+            found[label] = Pruned(grow(lab.graph, targets, even, widths))
+        return found
 
 
 def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:

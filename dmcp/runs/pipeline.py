@@ -142,7 +142,7 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
             structures = {"dense": net.graph.widths(), **structures}
         if machine.world.is_main:
             folder.write_json("widths.json", {"widths": widths})
-            folder.write_json("search.json", _describe(stage))
+            folder.write_json("search.json", stage.describe())
         rows = []
         for name, structure in structures.items():
             spent = search_seconds if name == "dmcp" else 0.0
@@ -484,24 +484,3 @@ class _Job:
         # Depthwise and pointwise convolutions are several times faster in this format on CPUs.
         model.to(self.machine.world.device)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _describe(search: Search) -> dict[str, Any]:
-    """What the chains say at the end of a search."""
-    with torch.no_grad():
-        expected = search.expected_cost()
-        costs = {
-            metric: {"budget": bound, "expected": mean, "deviation": variance**0.5}
-            for (metric, bound), mean, variance in zip(
-                search.targets.by_metric().items(),
-                expected.cost.tolist(),
-                expected.variance.tolist(),
-                strict=True,
-            )
-        }
-        retain = {
-            unit.name: search.net.chain(unit.name).retain().tolist()
-            for unit in search.net.graph.searchable
-        }
-    choices = {unit.name: unit.choices for unit in search.net.graph.searchable}
-    return {"costs": costs, "choices": choices, "retain": retain}

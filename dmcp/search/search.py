@@ -161,6 +161,36 @@ class Search:
             return draw_widths(self.net, count, generator)
         return sample_within(self.net, self.targets, count, tolerance, generator, max_draws)
 
+    @torch.no_grad()
+    def describe(self) -> dict[str, Any]:
+        """What the chains say, as plain JSON data.
+
+        Returns:
+            ``costs``: metric -> budget, expected value, standard deviation, and the cost as
+            `Cost.coefficients` of the widths of all units; ``units``: unit -> full width, in that
+            order; ``choices`` and ``retain``: searchable unit -> widths, retain probabilities.
+        """
+        expected = self.expected_cost()
+        values = zip(expected.cost.tolist(), expected.variance.tolist(), strict=True)
+        costs = {
+            cost.metric: {
+                "budget": bound,
+                "expected": mean,
+                "deviation": variance**0.5,
+                "coefficients": cost.coefficients().tolist(),
+            }
+            for cost, bound, (mean, variance) in zip(
+                self.targets.costs, self.targets.bounds, values, strict=True
+            )
+        }
+        chains = {unit.name: self.net.chain(unit.name) for unit in self.net.graph.searchable}
+        return {
+            "costs": costs,
+            "units": self.net.graph.widths(),
+            "choices": {name: chain.choices for name, chain in chains.items()},
+            "retain": {name: chain.retain().tolist() for name, chain in chains.items()},
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Everything the following steps depend on."""
         return {

@@ -25,8 +25,13 @@ class Stage(Protocol):
     torch's global ones, which the loop keeps.
     """
 
-    steps: int
-    step_index: int
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+
+    @property
+    def step_index(self) -> int:
+        """How many are done."""
 
     @property
     def step(self) -> Callable[..., Mapping[str, Tensor]]:
