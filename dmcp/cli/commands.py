@@ -21,6 +21,7 @@ from dmcp.data import open_data
 from dmcp.errors import ConfigError
 from dmcp.graph import trace
 from dmcp.models.load import FORMS
+from dmcp.models.structures import structures
 from dmcp.recipes import Recipe
 from dmcp.runs import (
     Machine,
@@ -33,7 +34,7 @@ from dmcp.runs import (
     run_train,
 )
 from dmcp.runs.config import ARCH_DATA, RETRAIN
-from dmcp.runs.pipeline import build_network
+from dmcp.runs.job import build_network
 from dmcp.search import Budget, MarkovNet, SearchOptions
 from dmcp.train import TrainOptions, World, init_from_env, shutdown
 from dmcp.train.precision import PRECISIONS
@@ -86,7 +87,6 @@ _grid_options = _options(
         "--divisor", type=int, help="Widths are multiples of it; 1: the paper's.  [recipe]"
     ),
 )
-_widths_type = click.Path(path_type=Path, exists=True, dir_okay=False)
 _machine_options = _options(
     click.option("--output", type=click.Path(path_type=Path), required=True, help="Run folder."),
     click.option("--device", help="cpu or cuda.  [cuda where there is one]"),
@@ -180,15 +180,14 @@ def search(
 @click.option("--epochs", type=int, help="[recipe]")
 @click.option(
     "--widths",
-    type=_widths_type,
-    help="widths.json of a search: train this structure instead of the whole network.",
+    help="Train this structure: widths.json of a search, or the name of a published one.",
 )
 @_compute_options
 @_machine_options
 @_output_options
 def train(
     epochs: int | None,
-    widths: Path | None,
+    widths: str | None,
     output: Path,
     quiet: bool,
     as_json: bool,
@@ -199,11 +198,12 @@ def train(
     Run the same command again to continue a run that was stopped.
     """
     recipe = _recipe(options)
+    structure, options = _structure(widths, options)
     config = TrainConfig(
         network=_network(recipe, options),
         epochs=_or(epochs, recipe.retrain_epochs),
         options=_computed(recipe.retrain, options),
-        widths=_read_widths(widths) if widths else None,
+        widths=structure,
     )
     with _machine(options, quiet=quiet or as_json) as machine:
         rows = run_train(config, RunFolder(output), machine)
@@ -241,7 +241,7 @@ def evaluate(
 @click.option("--min-width", type=int, help="Smallest width.")
 @_exclude_option
 @click.option(
-    "--widths", type=_widths_type, help="widths.json of a search: show this structure's costs."
+    "--widths", help="Show this structure's costs: as for train."
 )
 @click.option(
     "--graph", "picture", type=click.Path(path_type=Path), help="Draw it: a file .dot or .svg."
@@ -251,7 +251,7 @@ def inspect(
     groups: int | None,
     divisor: int | None,
     min_width: int | None,
-    widths: Path | None,
+    widths: str | None,
     picture: Path | None,
     as_json: bool,
     **options: Any,
@@ -263,13 +263,13 @@ def inspect(
     if picture is not None:
         check_picture(picture)
     recipe = _recipe(options)
+    structure, options = _structure(widths, options)
     model, example = _example(recipe, options)
     asked = bool(options["recipe"]) or (groups, divisor, min_width) != (None, None, None)
     graph = trace(model, example, exclude=options["exclude"])
     if asked:
         grid = (_or(groups, recipe.groups), _or(divisor, recipe.divisor), _or(min_width, 1))
         graph = MarkovNet(model, None, *grid, graph=graph).graph
-    structure = _read_widths(widths) if widths else None
     show_graph(graph, structure, groups=asked, as_json=as_json)
     if picture is not None:
         write_picture(graph, picture)
@@ -361,9 +361,33 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
+def _structure(
+    widths: str | None, options: dict[str, Any]
+) -> tuple[dict[str, int] | None, dict[str, Any]]:
+    """The widths asked for, and the options with the network that a published structure prunes."""
+    if widths is None:
+        return None, options
+    if widths not in structures:
+        return _read_widths(Path(widths)), options
+    structure = structures[widths]
+    pruned = {"model": structure.model, **structure.model_kwargs}
+    for name, value in pruned.items():
+        if options[name] not in (None, value):
+            raise ConfigError(
+                f"--{name} is {options[name]!r}, but structure {widths!r} prunes a network whose "
+                f"{name} is {value!r}"
+            )
+    return dict(structure.widths), {**options, **pruned}
+
+
 def _read_widths(path: Path) -> dict[str, int]:
     try:
         widths = json.loads(path.read_text())["widths"]
         return {str(name): width for name, width in widths.items()}
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--widths must be a widths.json or one of {', '.join(structures)}, "
+            f"got {str(path)!r}: there is no such file"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} is not a widths.json") from None

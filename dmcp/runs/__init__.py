@@ -2,7 +2,8 @@
 
 from dmcp.runs.config import NetworkConfig, SearchConfig, TrainConfig
 from dmcp.runs.folder import RunFolder
-from dmcp.runs.pipeline import Machine, Row, Watcher, run_eval, run_search, run_train
+from dmcp.runs.job import Machine, Row, Watcher
+from dmcp.runs.pipeline import run_eval, run_search, run_train
 
 __all__ = [
     "Machine",

@@ -2,105 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor, nn
+from dataclasses import replace
 
 from dmcp import models
-from dmcp.cost import cost, measured_macs
-from dmcp.data import Batch, DataSource, ImageSet, eval_batches, open_data, train_stream
-from dmcp.errors import CheckpointError, ConfigError, DataError, DmcpError
-from dmcp.graph import ChannelGraph, check_widths, extract, trace
+from dmcp.errors import CheckpointError, ConfigError
+from dmcp.graph import check_widths, trace
 from dmcp.methods import uniform_widths
 from dmcp.runs.config import NetworkConfig, SearchConfig, TrainConfig, to_json
 from dmcp.runs.folder import RunFolder
-from dmcp.search import MarkovNet, Search, SearchOptions
-from dmcp.search.distilled import DistilledTraining
-from dmcp.train import (
-    Evaluation,
-    Recorder,
-    Stage,
-    Training,
-    TrainOptions,
-    World,
-    evaluate,
-    recalibrate_batch_norm,
-    restore_batch_norm,
-    run,
-    synchronise_batch_norm,
-)
-from dmcp.train.distributed import barrier
-from dmcp.train.parts import split_batch
-
-SMALL_IMAGES = 64
-"""Up to this side, in pixels, networks take their variant for small images."""
-
-_RECALIBRATION_BATCHES = 32
-
-
-class Watcher(Protocol):
-    """Who follows a run: a progress display."""
-
-    def begin(self, phase: str, steps: int, bounds: Mapping[str, int]) -> None:
-        """A phase of so many steps begins; ``bounds`` are those of a search, by metric."""
-
-    def step(self, done: int) -> None:
-        """So many steps of the phase are done."""
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        """Metrics were read back."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how a run computes; nothing here changes what it is about.
-
-    Attributes:
-        world: the processes.
-        workers: processes that decode images.
-        checkpoint_every, log_every: in steps.
-        watcher: who follows the run, on the main process.
-    """
-
-    world: World
-    workers: int = 0
-    checkpoint_every: int = 100
-    log_every: int = 10
-    watcher: Watcher | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("workers", self.workers, 0),
-            ("checkpoint_every", self.checkpoint_every, 1),
-            ("log_every", self.log_every, 1),
-        ):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table at the end.
-
-    Attributes:
-        network: ``"dense"``, ``"dmcp"``, ``"uniform"`` or ``"pruned"``.
-        macs, params: of the network that was trained, see `dmcp.cost`.
-        top1, top5: on the test images; top5 is None where there are at most five classes.
-        seconds: spent on its training and, for DMCP, on the search, over all restarts.
-    """
-
-    network: str
-    macs: int
-    params: int
-    top1: float
-    top5: float | None
-    seconds: float
+from dmcp.runs.job import Job, Machine, Row, open_network_data
+from dmcp.search import MarkovNet, Search
+from dmcp.train import Training
 
 
 def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> list[Row]:
@@ -115,8 +27,8 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
         DataError: an image cannot be read; the run continues once it can.
         DivergenceError: a loss became NaN or infinite.
     """
-    data = _open(config.network)
-    job = _Job(config.network, data, folder, machine)
+    data = open_network_data(config.network)
+    job = Job(config.network, data, folder, machine)
     model = job.build()
     graph = trace(model, job.example(), exclude=config.exclude)
     grid = (config.groups, config.divisor, config.min_width)
@@ -158,8 +70,8 @@ def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[
     Raises:
         DmcpError: as for `run_search`.
     """
-    data = _open(config.network)
-    job = _Job(config.network, data, folder, machine)
+    data = open_network_data(config.network)
+    job = Job(config.network, data, folder, machine)
     widths = check_widths(job.graph.units, config.widths or {})
     steps = job.steps(config.epochs)
     job.check_parts(config.options)
@@ -209,7 +121,7 @@ def run_eval(
             f"the model of {folder.path} is code in a file, which runs only if you name it: "
             f"model {settings.model!r}"
         )
-    job = _Job(settings, _open(settings), folder, machine)
+    job = Job(settings, open_network_data(settings), folder, machine)
     evaluated = []
     for name in [network] if network else trained:
         small = job.extract(job.graph.model, structures[name])
@@ -226,261 +138,3 @@ def _finished(folder: RunFolder) -> tuple[list[Row], dict[str, dict[str, int]]]:
         return rows, {row.network: results["widths"][row.network] for row in rows}
     except (KeyError, TypeError):
         raise CheckpointError(f"{folder.path / 'results.json'} is not that of a run") from None
-
-
-def _open(network: NetworkConfig) -> DataSource:
-    data = open_data(network.data, network.image_size, network.holdout, network.seed)
-    if not len(data.test):
-        raise DataError(
-            f"data {network.data!r} has no test images: add test/<class>/ or val/<class>/"
-        )
-    return data
-
-
-def build_network(
-    name: str, options: Mapping[str, float], channels: int, image_size: int, num_classes: int
-) -> nn.Module:
-    """A network by name, for images of this size if it is one of the package's own."""
-    if name not in models.names():
-        return models.build(name, num_classes, **options)
-    small = image_size <= SMALL_IMAGES
-    return models.build(name, num_classes, in_channels=channels, small_images=small, **options)
-
-
-def _check_logits(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Refuse a network from elsewhere that does not fit the data."""
-    try:
-        with torch.no_grad():
-            logits = copy.deepcopy(model)(images)  # a copy, whose running statistics may move
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"model {name!r} refuses images {list(images.shape[1:])}: {reason}"
-        ) from error
-    found = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
-    if found != [num_classes]:
-        raise ConfigError(
-            f"model {name!r} must give {num_classes} logits, the classes of the data, got {found}"
-        )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the phases of a run share."""
-
-    network: NetworkConfig
-    data: DataSource
-    folder: RunFolder
-    machine: Machine
-
-    def build(self) -> nn.Module:
-        """The whole network with fresh weights."""
-        torch.manual_seed(self.network.seed)
-        model = build_network(
-            self.network.model,
-            self.network.model_options,
-            self.data.channels,
-            self.data.image_size,
-            self.data.num_classes,
-        )
-        model = self._place(model)
-        if self.network.model not in models.names():
-            _check_logits(self.network.model, model, self.example(), self.data.num_classes)
-        return model
-
-    def fresh(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths with fresh weights, drawn for these widths."""
-        small = self.extract(self.graph.model, widths)
-        torch.manual_seed(self.network.seed)
-        models.reinitialise(small)
-        return small
-
-    def extract(self, model: nn.Module, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths with the weights of ``model``."""
-        return self._place(extract(replace(self.graph, model=model), widths))
-
-    @cached_property
-    def graph(self) -> ChannelGraph:
-        """The channels of the whole network, traced once: every `build` has the same."""
-        return trace(self.build(), self.example())
-
-    def example(self) -> Tensor:
-        size = self.data.image_size
-        return torch.zeros(2, self.data.channels, size, size, device=self.machine.world.device)
-
-    def steps(self, epochs: int) -> int:
-        per_epoch = len(self.data.train) // self.network.batch_size
-        if not per_epoch:
-            raise DataError(
-                f"{len(self.data.train)} training images are fewer than one batch of "
-                f"{self.network.batch_size}"
-            )
-        return epochs * per_epoch
-
-    def open(self, config: dict[str, Any], holdout: ImageSet | None = None) -> bool:
-        """Take the run folder, the main process first; returns whether the run is finished."""
-        self._stream(1, 0, holdout).close()  # refuses a batch size that fits not, before it writes
-        world = self.machine.world
-        if world.is_main:
-            self.folder.open(config)
-        barrier(world)
-        if not world.is_main:
-            self.folder.open(config, write=False)
-        return (self.folder.path / "results.json").exists()
-
-    def check_parts(self, *stages: SearchOptions | TrainOptions) -> None:
-        """Refuse parts of a batch that are too small, before anything is written."""
-        share = torch.empty(self.network.batch_size // self.machine.world.size)
-        for options in stages:
-            split_batch(share, share, options.micro_batches)
-
-    def recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
-        """The main process's recorder, None in the others."""
-        if not self.machine.world.is_main:
-            return contextlib.nullcontext()
-        watcher = self.machine.watcher
-        return Recorder(self.folder.path, watcher.record if watcher else None)
-
-    def run(
-        self,
-        stage: Stage,
-        phase: str,
-        model: nn.Module,
-        recorder: Recorder | None,
-        holdout: ImageSet | None = None,
-    ) -> float:
-        """Drive a stage to its end; returns its seconds."""
-        machine = self.machine
-        if self.network.sync_bn:
-            synchronise_batch_norm(model, machine.world)
-        if machine.watcher:
-            bounds = stage.targets.by_metric() if isinstance(stage, Search) else {}
-            machine.watcher.begin(phase, stage.steps, bounds)
-        seconds = run(
-            stage,
-            lambda start: self._stream(stage.steps, start, holdout),
-            phase=phase,
-            checkpoint=self.folder.checkpoint(phase),
-            checkpoint_every=machine.checkpoint_every,
-            log_every=machine.log_every,
-            recorder=recorder,
-            on_step=machine.watcher.step if machine.watcher else None,
-            world=machine.world,
-        )
-        restore_batch_norm(model)
-        return seconds
-
-    def retrain(
-        self,
-        name: str,
-        widths: Mapping[str, int],
-        config: SearchConfig,
-        searched: nn.Module,
-        recorder: Recorder | None,
-    ) -> Row:
-        """Train one structure in the way the run asks for, and evaluate it."""
-        steps, world = self.steps(config.retrain_epochs), self.machine.world
-        self.check_macs(name, self.extract(searched, widths), widths)
-        if config.retrain == "distil" and name != "dense":
-            small, seconds = self._distil(name, widths, config.train, steps, recorder)
-            return self.judge(name, small, widths, seconds)
-        if config.retrain == "inherit":
-            small = self.extract(searched, widths)
-        else:
-            small = self.fresh(widths)
-        stage = Training(small, config.train, steps, world)
-        seconds = self.run(stage, name, small, recorder)
-        return self.judge(name, small, widths, seconds)
-
-    def check_macs(self, name: str, small: nn.Module, widths: Mapping[str, int]) -> None:
-        """Hold the graph's MACs against a count of the network as it runs, before training it."""
-        macs = cost(self.graph, "macs").of(widths)
-        counted = measured_macs(small, self.example())
-        if counted != macs:
-            raise DmcpError(f"{name}: {macs:,} MACs by the graph, {counted:,} by running it")
-
-    def judge(
-        self,
-        name: str,
-        small: nn.Module,
-        widths: Mapping[str, int],
-        seconds: float,
-        *,
-        save: bool = True,
-    ) -> Row:
-        """Evaluate a trained network on the test images, and save it."""
-        if save and self.machine.world.is_main:
-            self.folder.write_weights(name, small)
-        macs, params = (cost(self.graph, metric).of(widths) for metric in ("macs", "params"))
-        result = self._evaluate(small)
-        return Row(name, macs, params, result.top1, result.top5, seconds)
-
-    def finish(self, rows: list[Row], structures: Mapping[str, Mapping[str, int]]) -> None:
-        """Write the table, and the widths of every network in it."""
-        if self.machine.world.is_main:
-            networks = [asdict(row) for row in rows]
-            self.folder.write_json("results.json", {"networks": networks, "widths": structures})
-
-    def _distil(
-        self,
-        name: str,
-        widths: Mapping[str, int],
-        options: TrainOptions,
-        steps: int,
-        recorder: Recorder | None,
-    ) -> tuple[nn.Module, float]:
-        model = self.build()
-        # Two groups, so that every unit of at least two channels has a chain to take its width.
-        net = MarkovNet(model, self.example(), groups=2, divisor=1)
-        stage = DistilledTraining(net, widths, options, steps, self.machine.world)
-        seconds = self.run(stage, name, net.model, recorder)
-        small = self._place(extract(net.graph, widths))
-        # Every process sees whole batches here, so that all get the statistics of one process.
-        whole = replace(self.machine.world, rank=0, size=1)
-        batches = min(steps, _RECALIBRATION_BATCHES)
-        recalibrate_batch_norm(small, self._batches(self.data.train, batches, 0, whole))
-        return small, seconds
-
-    def _stream(
-        self, steps: int, start: int, holdout: ImageSet | None
-    ) -> Generator[tuple[Tensor, ...], None, None]:
-        sets = [self.data.train] if holdout is None else [self.data.train, holdout]
-        # Outside the generator, so that what they refuse is refused now.
-        parts = [self._batches(images, steps, start, self.machine.world) for images in sets]
-
-        def stream() -> Generator[tuple[Tensor, ...], None, None]:
-            try:
-                for batches in zip(*parts, strict=True):
-                    yield tuple(tensor for batch in batches for tensor in batch)
-            finally:
-                for part in parts:
-                    part.close()
-
-        return stream()
-
-    def _batches(
-        self, images: ImageSet, steps: int, start: int, world: World
-    ) -> Generator[Batch, None, None]:
-        return train_stream(
-            images,
-            self.network.batch_size,
-            seed=self.network.seed,
-            steps=steps,
-            start_step=start,
-            world_rank=world.rank,
-            world_size=world.size,
-            workers=self.machine.workers,
-            device=world.device,
-            crop_scale=self.network.crop_scale,
-        )
-
-    def _evaluate(self, model: nn.Module) -> Evaluation:
-        batches = eval_batches(
-            self.data.test, self.network.batch_size, self.machine.workers, self.machine.world.device
-        )
-        return evaluate(model, batches)
-
-    def _place(self, model: nn.Module) -> nn.Module:
-        # Depthwise and pointwise convolutions are several times faster in this format on CPUs.
-        model.to(self.machine.world.device)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
