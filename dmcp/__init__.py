@@ -15,7 +15,7 @@ from dmcp.errors import (
     TraceError,
 )
 from dmcp.graph import ChannelGraph, ChannelUnit, Member, extract, trace
-from dmcp.models import structures
+from dmcp.models.structures import structures
 from dmcp.search import Budget, MarkovNet, Samples, Search, SearchOptions
 
 __all__ = [

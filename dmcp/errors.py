@@ -14,6 +14,12 @@ class ConfigError(DmcpError, ValueError):
     """An option has a value that is not accepted."""
 
 
+class UnknownNameError(ConfigError, KeyError):
+    """A read-only mapping of the package holds nothing of that name."""
+
+    __str__ = Exception.__str__  # that of a KeyError puts the message in quotes
+
+
 class TraceError(DmcpError):
     """A model cannot be traced to channel units; the message names the module and the reason."""
 

@@ -60,7 +60,8 @@ loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
 assert "triton" not in loaded, "Triton was imported"
 assert "torch._inductor" not in sys.modules and "torch._dynamo" not in sys.modules
 assert not started, f"a process was started: {{started}}"
-heavy = loaded & {{"click", "rich", "tensorboard", "sklearn", "PIL", "kornia", "safetensors"}}
+extras = {{"click", "rich", "tensorboard", "sklearn", "PIL", "kornia", "safetensors", "matplotlib"}}
+heavy = loaded & extras
 assert not heavy, f"optional packages were imported: {{heavy}}"
 """
 

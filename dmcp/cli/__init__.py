@@ -1,4 +1,4 @@
-"""The command line: ``dmcp search | train | eval | inspect``."""
+"""The command line: ``dmcp search | train | eval | inspect | report``."""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +15,14 @@ import click
 import torch
 from torch import Tensor, nn
 
-from dmcp import models, recipes
+from dmcp import methods, models, recipes
+from dmcp.cli.compare import CompareDisplay, parts, show_comparison
 from dmcp.cli.display import ProgressDisplay, show_graph, show_rows
 from dmcp.cli.picture import check_picture, write_picture
+from dmcp.cli.report import report
+from dmcp.compare import CompareConfig, Place, run_compare
 from dmcp.data import open_data
-from dmcp.errors import ConfigError
+from dmcp.errors import ConfigError, DmcpError
 from dmcp.graph import trace
 from dmcp.models.load import FORMS
 from dmcp.models.structures import structures
@@ -240,9 +244,7 @@ def evaluate(
 @_grid_options
 @click.option("--min-width", type=int, help="Smallest width.")
 @_exclude_option
-@click.option(
-    "--widths", help="Show this structure's costs: as for train."
-)
+@click.option("--widths", help="Show this structure's costs: as for train.")
 @click.option(
     "--graph", "picture", type=click.Path(path_type=Path), help="Draw it: a file .dot or .svg."
 )
@@ -391,3 +393,99 @@ def _read_widths(path: Path) -> dict[str, int]:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} is not a widths.json") from None
+
+
+@commands.command()
+@_model_options
+@click.option("--data", default="digits", help="'digits', or a folder with train/ and test/.")
+@_image_size_option
+@click.option("--holdout", type=float, default=0.1, help="Share of images that judge structures.")
+@click.option("--batch-size", type=int, help="Images per step.  [recipe]")
+@click.option(
+    "--methods",
+    "names",
+    default="all",
+    help=f"all, or of {', '.join(methods.names(variants=True))}.",
+)
+@click.option("--comparison", help=f"Named methods instead: {', '.join(methods.COMPARISONS)}.")
+@click.option("--budgets", default="50%,25%", help="MACs of the structures.")
+@click.option("--seeds", default="0,1,2", help="Repetitions of everything.")
+@click.option("--track", "tracks", default="A", help="Of A (scratch), B (inherit), C (distil).")
+@click.option(
+    "--preset", type=click.Choice(methods.PRESETS), help="Hyper-parameters.  [by the recipe]"
+)
+@_grid_options
+@_exclude_option
+@click.option("--search-epochs", type=int, help="[recipe]")
+@click.option("--retrain-epochs", type=int, help="[recipe]")
+@_compute_options
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder.")
+@click.option("--device", help="cpu or cuda.  [cuda where there is one]")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Processes side by side.")
+@click.option("--minutes", type=float, help="Stop after so many; the same command continues.")
+@click.option("--workers", type=int, default=0, help="Processes that decode images, for each job.")
+@click.option("--checkpoint-every", type=int, default=100, help="Steps between checkpoints.")
+@_output_options
+def compare(
+    names: str,
+    comparison: str | None,
+    minutes: float | None,
+    output: Path,
+    jobs: int,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare pruning methods under one protocol: searches, trainings, a table and pictures.
+
+    Lists are separated by commas. Run the same command again to continue; methods, seeds and tracks
+    may be added to it.
+    """
+    if comparison is not None:
+        chosen = list(methods.comparison(comparison))
+    else:
+        chosen = list(methods.names()) if names == "all" else parts(names)
+    config = _compare_config(chosen, options)
+    device = _device(options["device"])
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    place = Place(output, device, threads, options["workers"], options["checkpoint_every"])
+    seconds = None if minutes is None else 60 * minutes
+    with CompareDisplay(quiet=quiet or as_json) as display:
+        result = run_compare(config, place, jobs=jobs, seconds=seconds, progress=display)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    elif not quiet:
+        show_comparison(result)
+    if result.failed:
+        raise DmcpError(f"{len(result.failed)} tasks failed: {'; '.join(result.failed.values())}")
+
+
+def _compare_config(chosen: list[str], options: dict[str, Any]) -> CompareConfig:
+    recipe = _recipe(options)
+    network = _network(recipe, options | {"seed": 0})
+    recipe = replace(
+        recipe,
+        search=_computed(recipe.search, options),
+        retrain=_computed(recipe.retrain, options),
+        search_epochs=_or(options["search_epochs"], recipe.search_epochs),
+        retrain_epochs=_or(options["retrain_epochs"], recipe.retrain_epochs),
+        groups=_or(options["groups"], recipe.groups),
+        divisor=_or(options["divisor"], recipe.divisor),
+    )
+    try:
+        seeds = [int(seed) for seed in parts(options["seeds"])]
+    except ValueError:
+        raise ConfigError(f"--seeds must be numbers, got {options['seeds']!r}") from None
+    return CompareConfig(
+        network=network,
+        recipe=recipe,
+        methods=chosen,
+        budgets=parts(options["budgets"]),
+        seeds=seeds,
+        tracks=parts(options["tracks"]),  # type: ignore[arg-type]
+        preset=options["preset"] or ("paper" if recipe.budget else "short"),
+        exclude=list(options["exclude"]),
+    )
+
+
+commands.add_command(report)

@@ -1,42 +1,42 @@
 """Pruning methods, one file each: from a network, images and budgets to structures."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from types import MappingProxyType
-
-from dmcp.errors import ConfigError
+from dmcp.methods.amc import AMC
+from dmcp.methods.autoslim import AutoSlim
+from dmcp.methods.bernoulli import Bernoulli
+from dmcp.methods.bn_gamma import BNGamma
 from dmcp.methods.dmcp import DMCP
+from dmcp.methods.fpgm import FPGM
+from dmcp.methods.group_norm import GroupNorm
+from dmcp.methods.l1 import L1
 from dmcp.methods.lab import Lab, Spent
+from dmcp.methods.metapruning import MetaPruning
 from dmcp.methods.method import Method, Pruned
+from dmcp.methods.random_search import RandomSearch
+from dmcp.methods.registry import COMPARISONS, PRESETS, comparison, get, names
+from dmcp.methods.sfp import SFP
 from dmcp.methods.uniform import Uniform, uniform_widths
 
 __all__ = [
+    "AMC",
+    "COMPARISONS",
     "DMCP",
+    "FPGM",
+    "L1",
+    "PRESETS",
+    "SFP",
+    "AutoSlim",
+    "BNGamma",
+    "Bernoulli",
+    "GroupNorm",
     "Lab",
+    "MetaPruning",
     "Method",
     "Pruned",
+    "RandomSearch",
     "Spent",
     "Uniform",
+    "comparison",
     "get",
     "names",
     "uniform_widths",
 ]
-
-_METHODS: Mapping[str, Method] = MappingProxyType({"uniform": Uniform(), "dmcp": DMCP()})
-
-
-def names() -> tuple[str, ...]:
-    """The names that `get` accepts."""
-    return tuple(_METHODS)
-
-
-def get(name: str) -> Method:
-    """A method by name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in _METHODS:
-        raise ConfigError(f"unknown method {name!r}: the methods are {', '.join(names())}")
-    return _METHODS[name]

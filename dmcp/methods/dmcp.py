@@ -64,7 +64,7 @@ class DMCP:
             if search is None or not self.single_search:
                 search = self._search(lab, net, label)
                 search.load_state_dict(warm)
-                lab.train(search, "search", passes=_passes(search) + 1, budget=label)
+                lab.train(search, "search", passes=sandwich_passes(search) + 1, budget=label)
             found[label] = self._pruned(lab, search, label)
         return found
 
@@ -82,7 +82,7 @@ class DMCP:
         if self.uses_pretrained:
             search.step_index = search.warmup_steps
         else:
-            lab.train(WarmUp(search), "warm-up", passes=_passes(search))
+            lab.train(WarmUp(search), "warm-up", passes=sandwich_passes(search))
         return copy.deepcopy(search.state_dict())
 
     def _pruned(self, lab: Lab, search: Search, label: str) -> Pruned:
@@ -90,7 +90,7 @@ class DMCP:
         widths = expected_widths(net, targets)
         if self.sampling == "markov":
             widths = self._best_sample(lab, net, targets)
-        return Pruned(widths, lab.extract(net.graph.model, widths), details=search.describe())
+        return Pruned(widths, lab.extract(net.graph.model, widths), chains=search.describe())
 
     def _best_sample(self, lab: Lab, net: MarkovNet, targets: Targets) -> dict[str, int]:
         # Within the tolerance, but on the inner side of the budget.
@@ -133,6 +133,6 @@ class WarmUp:
         self.search.load_state_dict(state)
 
 
-def _passes(search: Search) -> int:
+def sandwich_passes(search: Search) -> int:
     """Networks that a sandwich step trains: the widest, the narrowest and the random ones."""
     return 2 + search.options.random_subnets

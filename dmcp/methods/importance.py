@@ -11,20 +11,65 @@ from dmcp.graph import ChannelGraph, ChannelUnit, Member
 from dmcp.graph.tensors import tensor_of
 
 
+def producers(graph: ChannelGraph, unit: ChannelUnit) -> list[str]:
+    """Qualified names of the dense layers that produce a unit: one, or all that a residual stream
+    ties. Depthwise layers and norms only scale it."""
+    return list(dict.fromkeys(m.module for m in unit.members if _produces(graph, m)))
+
+
+def _produces(graph: ChannelGraph, member: Member) -> bool:
+    axes = graph.modules.get(member.module)
+    ranks = (len(graph.tensors[_qualified(member, name)]) for name, _ in member.tensors)
+    return member.role == "out" and (axes is None or axes.kind == "dense") and max(ranks) > 1
+
+
 def producing_weights(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Iterator[Tensor]:
     """The weights of every dense layer that produces a unit, one row for each step of the unit:
     [C // step, n]. Depthwise layers, norms and biases do not count."""
     for member in unit.members:
-        axes = graph.modules.get(member.module)
-        if member.role == "out" and (axes is None or axes.kind == "dense"):
-            yield from (rows for rows, ndim in _by_step(model, member) if ndim > 1)
+        if _produces(graph, member):
+            yield from (rows for _, rows, ndim in _by_step(model, member) if ndim > 1)
+
+
+def unit_filters(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Tensor:
+    """`producing_weights` side by side: the filters of all layers that produce a step, as one."""
+    # A unit may be produced by none.
+    nothing = torch.empty(unit.channels // unit.step, 0)
+    return torch.cat([nothing, *producing_weights(graph, model, unit)], 1)
+
+
+def filter_places(
+    graph: ChannelGraph, model: nn.Module, unit: ChannelUnit, steps: Tensor
+) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Where the filters that produce some steps of a unit lie, biases included: a parameter, a
+    dimension of it, and positions along that."""
+    layers = producers(graph, unit)
+    for member in unit.members:
+        if member.role == "out" and member.module in layers:
+            for name, dim in member.tensors:
+                tensor = tensor_of(model, _qualified(member, name))
+                yield tensor, dim, member.channels[steps].flatten().to(tensor.device)
 
 
 def consuming_weights(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Iterator[Tensor]:
     """The weights of every layer that reads a unit, as `producing_weights`."""
     for member in unit.members:
         if member.role == "in":
-            yield from (rows for rows, _ in _by_step(model, member))
+            yield from (rows for _, rows, _ in _by_step(model, member))
+
+
+def norm_scales(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Iterator[Tensor]:
+    """γ of every norm of a unit, as `producing_weights`."""
+    for member in unit.members:
+        if (axes := graph.modules.get(member.module)) is not None and axes.kind == "norm":
+            yield from (rows for name, rows, _ in _by_step(model, member) if name == "weight")
+
+
+def depthwise_weights(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Iterator[Tensor]:
+    """The weights of every depthwise layer of a unit, as `producing_weights`."""
+    for member in unit.members:
+        if (axes := graph.modules.get(member.module)) is not None and axes.kind == "depthwise":
+            yield from (rows for _, rows, ndim in _by_step(model, member) if ndim > 1)
 
 
 def l1_norms(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +81,7 @@ def l1_norms(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
         model: the network whose weights count.
 
     Returns:
-        Unit name -> float32 [C // step].
+        Unit name -> float32 [C // step], on the CPU.
     """
     with torch.no_grad():
         return {
@@ -48,10 +93,15 @@ def l1_norms(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def _by_step(model: nn.Module, member: Member) -> Iterator[tuple[Tensor, int]]:
-    """Of every tensor a member indexes: the part of each step, [C // step, n], and its rank."""
+def _by_step(model: nn.Module, member: Member) -> Iterator[tuple[str, Tensor, int]]:
+    """Of every tensor a member indexes: its name, the part of each step, [C // step, n] on the CPU,
+    and its rank."""
     for name, dim in member.tensors:
-        tensor = tensor_of(model, f"{member.module}.{name}" if member.module else name)
+        tensor = tensor_of(model, _qualified(member, name))
         along = tensor.detach().movedim(dim, 0)
-        rows = along[member.channels.to(tensor.device)]
-        yield rows.reshape(len(rows), -1), tensor.ndim
+        rows = along[member.channels.to(tensor.device)].cpu()
+        yield name, rows.reshape(len(rows), -1), tensor.ndim
+
+
+def _qualified(member: Member, name: str) -> str:
+    return f"{member.module}.{name}" if member.module else name

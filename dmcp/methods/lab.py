@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from dmcp.methods.importance import l1_norms
 from dmcp.recipes import Recipe
 from dmcp.search import Budget, MarkovNet, Targets
 from dmcp.train import Stage, Training, evaluate, recalibrate_batch_norm, run
+
+_HOLDOUT_BATCH = 256
+"""Held-out images at a time, at most."""
 
 _CACHED_BYTES = 2**28
 """Up to this size the held-out images stay on the device between evaluations."""
@@ -167,9 +171,10 @@ class Lab:
         )
 
     def run(self, stage: Stage, phase: str, *, budget: str | None = None) -> None:
-        """Drive a stage whose ``step`` takes nothing: one round of a search. It costs what the lab
-        is asked for meanwhile."""
-        self._drive(_Metered(stage, 0), phase, lambda start: itertools.repeat(()), budget)
+        """Drive a stage whose ``step`` takes nothing: one round of a search, kept after each. It
+        costs what the lab is asked for meanwhile."""
+        rounds = itertools.repeat(())
+        self._drive(_Metered(stage, 0), phase, lambda start: rounds, budget, checkpoint_every=1)
 
     def _drive(
         self,
@@ -178,6 +183,7 @@ class Lab:
         stream_from: Callable[[int], Iterable[tuple[Tensor, ...]]],
         budget: str | None = None,
         folder: Path | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         name = phase if budget is None else f"{phase}-{budget}"
         folder = folder or self._folder
@@ -188,7 +194,7 @@ class Lab:
                 stream_from,
                 phase=name,
                 checkpoint=None if folder is None else folder / f"{name}.pt",
-                checkpoint_every=self._checkpoint_every,
+                checkpoint_every=checkpoint_every or self._checkpoint_every,
             )
         finally:
             self._running = before
@@ -241,8 +247,10 @@ class Lab:
         return list(self._load_holdout())
 
     def _load_holdout(self) -> Iterator[Batch]:
-        # Large batches: methods that normalise by a batch's own statistics need them.
-        return eval_batches(self.data.holdout, 256, self._workers, self.device)
+        # Large batches of one size: methods may normalise by a batch's own statistics.
+        count = len(self.data.holdout)
+        size = ceil(count / ceil(count / _HOLDOUT_BATCH))
+        return eval_batches(self.data.holdout, size, self._workers, self.device)
 
     def calibrate(self, model: nn.Module, batches: int = 16) -> None:
         """Give the batch norms of an extracted network the statistics of training images."""

@@ -22,12 +22,14 @@ class Pruned:
             the pretrained network's filters are to be inherited (`Lab.inherit`).
         kept: unit name -> the channels kept, int64 [width], where the method picks channels.
         details: what else the search found, plain JSON data.
+        chains: what Markov chains say at the end, see `Search.describe`.
     """
 
     widths: Mapping[str, int]
     network: nn.Module | None = None
     kept: Mapping[str, Tensor] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    chains: Mapping[str, Any] | None = None
 
 
 class Method(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -23,13 +23,25 @@ class Uniform:
 
     def find(self, lab: Lab) -> dict[str, Pruned]:
         """See `Method`."""
-        even = even_worth(lab.graph)
-        found = {}
-        for label, targets in lab.targets.items():
-            # On a coarse grid equal shares may leave room for a group.
-            widths = uniform_widths(lab.graph, targets)
-            found[label] = Pruned(grow(lab.graph, targets, even, widths))
-        return found
+        return {
+            label: Pruned(even_widths(lab.graph, targets)) for label, targets in lab.targets.items()
+        }
+
+
+def even_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
+    """`uniform_widths`, and where a coarse grid leaves room below the budget, one group more for
+    units that it fits in, the narrowest shares first.
+
+    Raises:
+        BudgetError: see `uniform_widths`.
+    """
+    widths = uniform_widths(graph, targets)
+    near = [
+        replace(unit, choices=unit.choices[: unit.choices.index(widths[unit.name]) + 2])
+        for unit in graph.units
+    ]
+    graph = replace(graph, units=tuple(near))
+    return grow(graph, targets, even_worth(graph), widths)
 
 
 def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:

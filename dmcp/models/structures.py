@@ -1,6 +1,6 @@
 """Published pruned structures by name: the paper's Tables 7 and 8, and two released with its code.
 
-    structure = structures.get("mobilenet_v2-300M")
+    structure = dmcp.structures["mobilenet_v2-300M"]
     model = build(structure.model, **structure.model_kwargs)
     small = dmcp.extract(dmcp.trace(model, torch.zeros(1, 3, 224, 224)), structure.widths)
 
@@ -11,12 +11,12 @@ a convolution of 16 channels. Its 97M column exceeds 97M whatever `conv_last` is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dmcp.errors import ConfigError
+from dmcp.errors import UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,32 @@ class Structure:
     note: str
 
 
-def names() -> tuple[str, ...]:
-    """The names that `get` accepts."""
-    return tuple(_STRUCTURES)
+class Structures(Mapping[str, Structure]):
+    """Structures by name; read-only."""
 
+    def __init__(self, by_name: Mapping[str, Structure]) -> None:
+        self._by_name = dict(by_name)
 
-def get(name: str) -> Structure:
-    """The published structure of that name.
+    def __getitem__(self, name: str) -> Structure:
+        """The structure of that name.
 
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in _STRUCTURES:
-        raise ConfigError(f"unknown structure {name!r}: the structures are {', '.join(names())}")
-    return _STRUCTURES[name]
+        Raises:
+            UnknownNameError: there is none.
+        """
+        if name not in self._by_name:
+            raise UnknownNameError(
+                f"unknown structure {name!r}: the structures are {', '.join(self)}"
+            )
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __repr__(self) -> str:
+        return f"Structures({', '.join(self)})"
 
 
 def _mobilenet_v2(
@@ -95,7 +107,7 @@ def _mobilenet_v2_97m(third_of_stage_5: int, last: int, note: str) -> Structure:
     return _mobilenet_v2(1.0, 8, stages, last, note)
 
 
-_STRUCTURES: Mapping[str, Structure] = MappingProxyType(
+structures = Structures(
     {
         "resnet50-2.8G": _resnet50(
             51,

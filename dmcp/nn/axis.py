@@ -50,14 +50,20 @@ class ComposedAxis:
         return scale
 
     def keep(self) -> slice | Tensor | None:
-        if all(chain.width == chain.channels for chain, _, _ in self.parts):
+        keeps = [chain.keep() for chain, _, _ in self.parts]
+        if all(keep is None for keep in keeps):
             return None
         stays = torch.ones(self.size, dtype=torch.bool)
-        for chain, positions, index in self.parts:
-            stays[positions] = index < chain.width
+        for (_, positions, index), keep in zip(self.parts, keeps, strict=True):
+            if keep is not None:
+                stays[positions] = _is_kept(index, keep)
         kept = stays.nonzero().flatten()
         is_prefix = len(kept) == 0 or int(kept[-1]) == len(kept) - 1
         return slice(0, len(kept)) if is_prefix else kept
+
+
+def _is_kept(index: Tensor, keep: slice | Tensor) -> Tensor:
+    return index < keep.stop if isinstance(keep, slice) else torch.isin(index, keep)
 
 
 @overload

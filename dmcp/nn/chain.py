@@ -105,7 +105,7 @@ class MarkovChain(nn.Module):
             raise ConfigError(f"width must be an int in 1..{self.channels}, got {width!r}")
         self._width = width
 
-    def keep(self) -> slice | None:
+    def keep(self) -> slice | Tensor | None:
         """The channels computed now, None for all."""
         return None if self._width == self.channels else slice(0, self._width)
 
@@ -126,13 +126,19 @@ class MarkovChain(nn.Module):
         """E[c] = b + Σ s_k q_k: 0-d, differentiable."""
         return self.channel_retain().sum()
 
+    @staticmethod
+    def walk(passed: Tensor) -> Tensor:
+        """Which groups are retained if these pass, each by its own transition: those before the
+        first that does not. [..., G] -> [..., G]; other processes walk otherwise."""
+        return passed.cumprod(-1)
+
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw widths by Markov sampling: from the base up, stop at the first group that is not
         retained. Returns int64 [count]."""
         p = self.transition()
         drawn = torch.rand(count, len(p), generator=generator, device=p.device, dtype=p.dtype)
-        kept = (drawn < p).cumprod(1).sum(1)
+        kept = self.walk(drawn < p).sum(1)
         return torch.tensor(self.choices, device=p.device)[kept]
 
     def extra_repr(self) -> str:

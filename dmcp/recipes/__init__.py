@@ -1,13 +1,14 @@
-"""Named recipes: the paper's, and small ones."""
+"""Named recipes: the paper's, and small ones; and the paper's results."""
 
 from __future__ import annotations
 
 from dmcp.errors import ConfigError
 from dmcp.recipes.paper import PAPER_RECIPES
+from dmcp.recipes.published import PUBLISHED, PublishedResult
 from dmcp.recipes.recipe import Recipe
 from dmcp.recipes.small import SMALL_RECIPES
 
-__all__ = ["Recipe", "get", "names"]
+__all__ = ["PUBLISHED", "PublishedResult", "Recipe", "get", "names"]
 
 _RECIPES = {**SMALL_RECIPES, **PAPER_RECIPES}
 

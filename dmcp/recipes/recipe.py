@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dmcp.search import SearchOptions
 from dmcp.train.training import TrainOptions
@@ -36,3 +36,10 @@ class Recipe:
     model: str | None = None
     model_options: Mapping[str, float] = field(default_factory=dict)
     budget: str | None = None
+
+    @property
+    def finetune(self) -> TrainOptions:
+        """Options for inherited weights: those of the retraining from a fifth of its learning rate,
+        without warm-up."""
+        schedule = replace(self.retrain.lr, peak=self.retrain.lr.peak / 5, start=None, warmup=0.0)
+        return replace(self.retrain, lr=schedule)

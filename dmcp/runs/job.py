@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -140,12 +140,21 @@ def _check_logits(name: str, model: nn.Module, images: Tensor, num_classes: int)
 
 @dataclass(frozen=True)
 class Job:
-    """What the phases of a run share."""
+    """What the phases of a run share.
+
+    Attributes:
+        network: what is trained, on what.
+        data: its images.
+        folder: of the run.
+        machine: where it computes.
+        exclude: units that are left alone, see `dmcp.trace`.
+    """
 
     network: NetworkConfig
     data: DataSource
     folder: RunFolder
     machine: Machine
+    exclude: Sequence[str] = ()
 
     def build(self) -> nn.Module:
         """The whole network with fresh weights."""
@@ -176,7 +185,13 @@ class Job:
     @cached_property
     def graph(self) -> ChannelGraph:
         """The channels of the whole network, traced once: every `build` has the same."""
-        return trace(self.build(), self.example())
+        return trace(self.build(), self.example(), exclude=self.exclude)
+
+    def at(self, folder: RunFolder) -> Job:
+        """The same in another folder."""
+        moved = replace(self, folder=folder)
+        vars(moved)["graph"] = self.graph  # which is not to be traced again
+        return moved
 
     def example(self) -> Tensor:
         size = self.data.image_size

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import lcm
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class MarkovNet(nn.Module):
             or tie units.
 
     Attributes:
+        chain_class: what chains are made of; a subclass may choose another process.
         graph: the `ChannelGraph`, each unit's ``choices`` restricted to its grid.
         chains: unit name (with ``/`` for ``.``) -> `MarkovChain`, searchable units only.
 
@@ -60,6 +61,8 @@ class MarkovNet(nn.Module):
         TraceError: see `dmcp.trace`; also if no unit is left to search.
         ConfigError: both or neither of ``example_inputs`` and ``graph``, or another model's graph.
     """
+
+    chain_class: ClassVar[type[MarkovChain]] = MarkovChain
 
     def __init__(
         self,
@@ -93,7 +96,9 @@ class MarkovNet(nn.Module):
         device = next(model.parameters()).device
         self.chains = nn.ModuleDict(
             {
-                _key(unit.name): MarkovChain(unit.channels, choices=unit.choices, device=device)
+                _key(unit.name): self.chain_class(
+                    unit.channels, choices=unit.choices, device=device
+                )
                 for unit in self.graph.searchable
             }
         )

@@ -96,7 +96,7 @@ def walk_chains(
     # The zeros after the last group end every chain.
     p = pad_sequence(transitions.split([len(grid) - 1 for grid in choices]), batch_first=True)
     grid = pad_sequence([torch.tensor(widths) for widths in choices], batch_first=True)
-    kept = (torch.rand(count, *p.shape, generator=generator) < p).cumprod(2).sum(2)
+    kept = net.chain_class.walk(torch.rand(count, *p.shape, generator=generator) < p).sum(2)
     widths = grid.expand(count, -1, -1).gather(2, kept[:, :, None]).squeeze(2)
     return Samples(tuple(unit.name for unit in net.graph.units), widths, count)
 
@@ -147,5 +147,6 @@ def _nearest(grid: Sequence[int], mean: float) -> int:
 
 
 def _retain_by_unit(net: MarkovNet) -> list[list[float]]:
+    """The highest first, in which order groups are kept; along a chain they fall anyway."""
     lengths = [len(unit.choices) - 1 for unit in net.graph.units]
-    return [part.tolist() for part in net.retain().split(lengths)]
+    return [sorted(part.tolist(), reverse=True) for part in net.retain().split(lengths)]

@@ -234,10 +234,7 @@ class Search:
         set_lr(self.optimizer, options.lr.at(self.step_index / self.steps))
         self.gradients.zero()
         # Drawn one after the other: what the chains say is on its way from the device until then.
-        others = itertools.chain(
-            (narrowest(self.net),),
-            random_subnets(self.net, options.random_subnets, self._uniform_share(), self.generator),
-        )
+        others = itertools.chain((narrowest(self.net),), self._random_subnets())
         with self.net.accumulating():
             loss, teachers = learn_labels(self.net, batch, self.precision, options.label_smoothing)
             other_losses = [self._subnet_loss(widths, batch, teachers) for widths in others]
@@ -250,8 +247,13 @@ class Search:
         }
         return metrics, teachers
 
+    def _random_subnets(self) -> Iterator[Mapping[str, Any]]:
+        """The random sub-networks of a sandwich step, as ``net.at`` takes them."""
+        count = self.options.random_subnets
+        return random_subnets(self.net, count, self._uniform_share(), self.generator)
+
     def _subnet_loss(
-        self, widths: Mapping[str, int], batch: Sequence[Part], teachers: Sequence[Tensor]
+        self, widths: Mapping[str, Any], batch: Sequence[Part], teachers: Sequence[Tensor]
     ) -> Tensor:
         losses = []
         for part, teacher in zip(batch, teachers, strict=True):

@@ -151,6 +151,8 @@ def _check_finite_state(state: dict[str, Any], phase: str, step: int, world: Wor
     """The metrics are of before the last update, which may have overflowed a weight."""
     # An optimiser keeps some of its state on the CPU, whatever the device of its parameters.
     flags = [tensor.isfinite().all().to(world.device) for tensor in _float_tensors(state)]
+    if not flags:  # a stage that only counts
+        return
     bad = (~torch.stack(flags)).any().to(torch.float64)
     if float(all_reduce_sum(bad, world)):
         raise DivergenceError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import dmcp
 from dmcp.cli import main
 from dmcp.models import build
 
@@ -186,6 +187,53 @@ def test_inspect_a_structure(run, capsys):
     widths = json.loads((run / "widths.json").read_text())["widths"]
     assert {unit["name"]: unit["width"] for unit in found["units"]} == widths
     assert found["units"][0]["choices"] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_inspect_a_published_structure(capsys):
+    """It says which network it prunes."""
+    assert main(shlex.split("inspect --widths resnet50-2.8G --size 224 --json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    published = dmcp.structures["resnet50-2.8G"].widths
+    assert found["costs"]["macs"] == 2_832_777_865
+    assert {unit["name"]: unit["width"] for unit in found["units"]} == {**published, "fc": 1000}
+
+
+def test_train_a_published_structure(tmp_path, capfd):
+    """With the recipe that was asked for, even if that is another network's."""
+    command = "train --widths mobilenet_v2-59M --recipe resnet18-1.04G --epochs 1 --json"
+    batch = shlex.split("--batch-size 719 --device cpu --log-every 1 --output")
+    assert main([*shlex.split(command), *batch, str(tmp_path / "run")]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["networks"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert row["network"] == "pruned"
+    assert row["params"] == 1_550_968 - 990 * (896 + 1) - 2 * 6 * 9
+    assert config["network"]["model"] == "mobilenet_v2"
+    assert config["network"]["model_options"] == {"width": 1.5}
+    assert config["options"]["lr"]["peak"] == 0.8
+    assert config["widths"] == dict(dmcp.structures["mobilenet_v2-59M"].widths)
+
+
+@pytest.mark.parametrize("command", ["train --output run", "inspect"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            "--widths resnet50-2.8G --model resnet18",
+            "--model is 'resnet18', but structure 'resnet50-2.8G' prunes a network whose model is "
+            "'resnet50'",
+        ),
+        ("--widths mobilenet_v2-59M --width 1.0", "--width is 1.0, but structure"),
+        ("--widths resnet50-1G", "must be a widths.json or one of resnet50-2.8G, "),
+        ("--widths resnet50-1G", "got 'resnet50-1G': there is no such file"),
+        ("--widths .", "Is a directory"),
+    ],
+)
+def test_widths_that_are_no_structure_are_one_line(
+    tmp_path, capfd, monkeypatch, command, options, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(shlex.split(f"{command} {options}"), capfd)
+    assert not list(tmp_path.iterdir())
 
 
 TINY_FILE = """
@@ -479,7 +527,7 @@ def test_a_model_takes_the_width_of_its_own_recipe_only(capsys):
     assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 64
 
 
-@pytest.mark.parametrize("command", ["", "search", "train", "eval", "inspect"])
+@pytest.mark.parametrize("command", ["", "search", "train", "eval", "inspect", "report"])
 def test_help(capsys, command):
     assert main([*command.split(), "--help"]) == 0
     assert "Usage: dmcp" in capsys.readouterr().out

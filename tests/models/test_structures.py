@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError
 from functools import cache
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 import dmcp
 from dmcp.errors import ConfigError
 from dmcp.graph import ChannelGraph
-from dmcp.models import build, structures
-from dmcp.models.structures import Structure
+from dmcp.models import build
+from dmcp.models.structures import Structure, structures
 
-EVERY = pytest.mark.parametrize("name", structures.names())
+EVERY = pytest.mark.parametrize("name", structures)
 
 
 @cache
@@ -43,7 +44,7 @@ def units_off_the_grid(structure: Structure, max_width: float) -> int:
 
 @EVERY
 def test_the_widths_are_those_of_every_searchable_unit(name: str) -> None:
-    structure = structures.get(name)
+    structure = structures[name]
     full = {unit.name: unit.channels for unit in graph_of(structure).units if unit.searchable}
 
     assert structure.widths.keys() == full.keys()
@@ -66,7 +67,7 @@ def test_the_widths_are_those_of_every_searchable_unit(name: str) -> None:
 def test_counts_of_the_extracted_network(
     count_macs: Any, name: str, expected_macs: int, expected_params: int
 ) -> None:
-    structure = structures.get(name)
+    structure = structures[name]
     graph = graph_of(structure)
     small = dmcp.extract(graph, structure.widths)
 
@@ -86,7 +87,7 @@ def test_counts_of_the_extracted_network(
     ],
 )
 def test_macs_of_table_8_without_its_missing_conv_last(name: str, body: float, slope: int) -> None:
-    structure = structures.get(name)
+    structure = structures[name]
     per_channel = macs(structure, conv_last=2) - macs(structure, conv_last=1)
 
     assert per_channel == slope
@@ -103,7 +104,7 @@ def test_macs_of_table_8_without_its_missing_conv_last(name: str, body: float, s
     ],
 )
 def test_the_chosen_conv_last_meets_the_budget(name: str, budget: float) -> None:
-    assert macs(structures.get(name)) == pytest.approx(budget, rel=0.01)
+    assert macs(structures[name]) == pytest.approx(budget, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_the_chosen_conv_last_meets_the_budget(name: str, budget: float) -> None
 )
 def test_sampled_structures_lie_on_the_papers_grid(name: str, max_width: float) -> None:
     """A slip in transcribing a number would take it off the grid."""
-    assert units_off_the_grid(structures.get(name), max_width) == 0
+    assert units_off_the_grid(structures[name], max_width) == 0
 
 
 @pytest.mark.parametrize(
@@ -126,14 +127,14 @@ def test_sampled_structures_lie_on_the_papers_grid(name: str, max_width: float) 
     [("mobilenet_v2-300M", 1.5), ("mobilenet_v2-210M", 1.5), ("resnet50-2.8G", 1.0)],
 )
 def test_expected_structures_do_not_lie_on_the_grid(name: str, max_width: float) -> None:
-    structure = structures.get(name)
+    structure = structures[name]
 
     assert units_off_the_grid(structure, max_width) > len(structure.widths) / 2
 
 
 def test_the_97m_repair_changes_one_block_and_conv_last() -> None:
-    printed = structures.get("mobilenet_v2-97M").widths
-    repaired = structures.get("mobilenet_v2-97M-repaired").widths
+    printed = structures["mobilenet_v2-97M"].widths
+    repaired = structures["mobilenet_v2-97M-repaired"].widths
 
     changed = {unit for unit in printed if printed[unit] != repaired[unit]}
     assert changed == {"layer5.2.expand", "conv_last"}
@@ -142,7 +143,7 @@ def test_the_97m_repair_changes_one_block_and_conv_last() -> None:
 
 @EVERY
 def test_structures_are_immutable(name: str) -> None:
-    structure = structures.get(name)
+    structure = structures[name]
 
     with pytest.raises(FrozenInstanceError):
         structure.model = "resnet18"  # type: ignore[misc]
@@ -150,6 +151,44 @@ def test_structures_are_immutable(name: str) -> None:
         structure.widths["conv1"] = 1  # type: ignore[index]
 
 
-def test_an_unknown_structure_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet50-1G'.*resnet50-2\.8G.*mobilenet_v2-59M"):
-        structures.get("resnet50-1G")
+def test_they_are_a_read_only_mapping() -> None:
+    assert dmcp.structures is structures
+    assert dmcp.structures["resnet50-2.8G"].model == "resnet50"
+    assert len(structures) == len(set(structures)) == 8
+    assert "resnet50-1G" not in structures
+    assert structures.get("resnet50-1G") is None
+    with pytest.raises(TypeError):
+        structures["resnet50-1G"] = structures["resnet50-2.8G"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, KeyError])
+def test_an_unknown_structure_is_answered_with_the_known_ones(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"'resnet50-1G'.*resnet50-2\.8G.*mobilenet_v2-59M") as raised:
+        structures["resnet50-1G"]
+    assert str(raised.value).startswith("unknown structure 'resnet50-1G': the structures are ")
+
+
+@EVERY
+def test_the_note_says_what_the_structure_costs(name: str) -> None:
+    structure = structures[name]
+    (said,) = re.findall(r": ([\d.]+)M MACs", structure.note)
+
+    decimals = len(said.partition(".")[2])
+    assert f"{macs(structure) / 1e6:.{decimals}f}" == said
+
+
+@pytest.mark.parametrize(
+    ("name", "erratum"),
+    [
+        ("mobilenet_v2-300M", {"conv_last": 1812}),
+        ("mobilenet_v2-210M", {"conv_last": 1068}),
+        ("mobilenet_v2-97M-repaired", {"conv_last": 768, "layer5.2.expand": 177}),
+        ("mobilenet_v2-59M", {"conv_last": 896, "layer2.0.project": 12}),
+    ],
+)
+def test_the_note_names_every_repair(name: str, erratum: dict[str, int]) -> None:
+    structure = structures[name]
+
+    for unit, width in erratum.items():
+        assert structure.widths[unit] == width
+        assert re.search(rf"\b{width}\b", structure.note)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+
+import dmcp
+from dmcp.compare import DENSE, Place, run_compare
+from dmcp.compare.schedule import tasks_of
+from dmcp.compare.tasks import Find, Pretrain, Retrain, do
+from dmcp.errors import BudgetError, CheckpointError, ConfigError
+from dmcp.models import build
+
+
+def structure_of(widths):
+    model = build("resnet18", 10, in_channels=1, small_images=True, width=0.125)
+    graph = dmcp.trace(model, torch.zeros(2, 1, 8, 8))
+    return graph, dmcp.extract(graph, widths)
+
+
+def test_every_track_gives_a_network_of_the_found_widths_inside_the_budget(config, place):
+    config = replace(config, methods=("uniform", "dmcp"), tracks=("A", "B", "C"))
+    result = run_compare(config, place)
+    assert result.left == 0
+    assert result.failed == {}
+    assert [(row.track, row.method) for row in result.rows] == [
+        (None, DENSE),
+        *((track, method) for track in "ABC" for method in ("uniform", "dmcp")),
+    ]
+    for record in result.records[1:]:
+        graph, small = structure_of(record.widths)
+        macs = dmcp.cost(graph, "macs")
+        assert record.macs == macs.of(record.widths) <= macs.of({}) // 2
+        assert record.macs >= 0.97 * macs.of({}) // 2
+        found = json.loads((place.folder / f"methods/{record.method}-0/found.json").read_text())
+        assert record.widths == found["50%"]["widths"]
+        task = Retrain(record.method, 0, "50%", record.track)
+        weights = safetensors.torch.load_file(
+            task.folder(place.folder) / "weights" / "network.safetensors"
+        )
+        assert {k: v.shape for k, v in weights.items()} == {
+            k: v.shape for k, v in small.state_dict().items()
+        }
+        assert sum(p.numel() for p in small.parameters()) == record.params
+    assert json.loads((place.folder / "results.json").read_text())["left"] == 0
+
+
+def test_equal_structures_are_trained_once(config, place):
+    result = run_compare(config, place)  # L1 keeps uniform's shares
+    uniform, l1 = result.records[1:]
+    assert uniform.widths == l1.widths
+    assert uniform.top1 == l1.top1
+    trained = [path.name for path in (place.folder / "trainings").iterdir()]
+    assert len(trained) == 2  # the dense network and one structure
+
+
+def test_what_is_done_is_not_done_again_and_more_may_be_added(config, place):
+    run_compare(config, place)
+    files = {path: path.stat().st_mtime_ns for path in place.folder.rglob("result.json")}
+    result = run_compare(replace(config, methods=("uniform", "l1"), seeds=(0, 1)), place)
+    assert {row.seeds for row in result.rows} == {2}
+    for path, written in files.items():
+        assert path.stat().st_mtime_ns == written
+
+
+def test_processes_give_what_one_process_gives(config, place, tmp_path):
+    alone = run_compare(config, place)
+    other = Place(tmp_path / "processes", "cpu", threads=1)
+    several = run_compare(config, other, jobs=2)
+    assert [r.top1 for r in several.records] == [r.top1 for r in alone.records]
+    assert [r.widths for r in several.records] == [r.widths for r in alone.records]
+
+
+def test_a_comparison_whose_time_is_over_says_what_is_left_and_continues(config, place):
+    config = replace(config, methods=("uniform",))
+    result = run_compare(config, place, seconds=0.01)
+    assert (result.left, result.rows, result.failed) == (3, [], {})
+    assert run_compare(config, place).left == 0
+
+
+_KILLED = """
+import sys, pickle
+from dmcp.compare import run_compare
+config, place = pickle.load(open(sys.argv[1], "rb"))
+run_compare(config, place)
+"""
+
+
+def test_a_comparison_that_was_killed_continues_with_the_same_numbers(config, place, tmp_path):
+    recipe = replace(config.recipe, retrain_epochs=6)
+    config = replace(config, methods=("uniform",), recipe=recipe)
+    whole = run_compare(config, place)
+    killed = Place(tmp_path / "killed", "cpu", threads=1, checkpoint_every=2)
+    arguments = tmp_path / "arguments"
+    arguments.write_bytes(pickle.dumps((config, killed)))
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments)])
+    checkpoint = killed.folder / "trainings"
+    while process.poll() is None and not list(checkpoint.glob("A-*/checkpoint/train.pt")):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list(checkpoint.glob("A-*/checkpoint/train.pt")), "it was over before it was killed"
+    result = run_compare(config, killed)
+    assert [r.top1 for r in result.records] == [r.top1 for r in whole.records]
+    assert [r.widths for r in result.records] == [r.widths for r in whole.records]
+    assert not list(checkpoint.glob("*/checkpoint"))
+
+
+def test_a_folder_of_another_comparison_is_refused(config, place):
+    place.folder.mkdir()
+    (place.folder / "config.json").write_text(
+        json.dumps({"format": 1, **replace(config, budgets=("40%",)).identity()})
+    )
+    with pytest.raises(CheckpointError, match="another configuration: budgets"):
+        run_compare(config, place)
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_written(config, place):
+    with pytest.raises(BudgetError, match="below the narrowest"):
+        run_compare(replace(config, budgets=("50%", "0.1%")), place)
+    assert not place.folder.exists()
+
+
+def test_a_task_that_fails_says_why_and_leaves_what_needs_it(config, place):
+    broken = place.folder / "shared" / "0" / "pretrained.pt"
+    run_compare(replace(config, methods=("uniform",)), place, seconds=0.01)  # begins the folder
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"nothing")
+    result = run_compare(config, place)
+    assert list(result.failed) == ["train the whole network, seed 0"]
+    assert str(broken) in result.failed["train the whole network, seed 0"]
+    assert result.left == 2  # L1 starts from that network
+    assert [row.method for row in result.rows] == ["uniform"]
+    broken.unlink()
+    assert run_compare(config, place).left == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("jobs", 0), ("seconds", 0.0)])
+def test_refuses(config, place, name, value):
+    with pytest.raises(ConfigError, match=name):
+        run_compare(config, place, **{name: value})
+    assert not place.folder.exists()
+
+
+def test_tasks_say_what_they_need_and_when_they_are_done(config, place):
+    tasks = tasks_of(config)
+    assert tasks == [
+        Pretrain(0),
+        Find("uniform", 0),
+        Find("l1", 0),
+        Retrain("uniform", 0, "50%", "A"),
+        Retrain("l1", 0, "50%", "A"),
+    ]
+    find = tasks[1]
+    assert not find.is_done(config, place.folder)
+    do(find, config, place)
+    assert find.is_done(config, place.folder)
+    # Track B needs the weights too, which were not asked for.
+    assert not find.is_done(replace(config, tracks=("B",)), place.folder)
+    assert find.found(place.folder)["50%"]["spent"] == {"forward": 0, "backward": 0, "seconds": 0.0}

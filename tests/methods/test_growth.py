@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dmcp
+from dmcp.errors import BudgetError
+from dmcp.methods.growth import even_worth, grow, held, kept_channels, largest, ranked
+from dmcp.search import Targets
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """Two units of four channels; MACs are 2 a + a b + 3 b for widths a and b."""
+    layers = [torch.nn.Conv2d(i, o, 1, bias=False) for i, o in ((2, 4), (4, 4), (4, 3))]
+    return dmcp.trace(torch.nn.Sequential(*layers), torch.zeros(1, 2, 1, 1))
+
+
+def targets(graph, bound):
+    return Targets((dmcp.cost(graph, "macs"),), (bound,))
+
+
+def widths(graph, *numbers):
+    return dict(zip((unit.name for unit in graph.units), (*numbers, 3), strict=True))
+
+
+def test_takes_the_group_that_is_worth_most(graph):
+    # (1, 1) costs 6, (1, 2) 10, (2, 1) 9, (2, 2) 14, (3, 1) 12, (3, 2) 18
+    worth = [[5, 3, 1], [4, 2, 1], []]
+    assert grow(graph, targets(graph, 9), worth) == widths(graph, 2, 1)
+    assert grow(graph, targets(graph, 14), worth) == widths(graph, 2, 2)
+    assert grow(graph, targets(graph, 18), worth) == widths(graph, 3, 2)
+    assert grow(graph, targets(graph, 36), worth) == widths(graph, 4, 4)
+
+
+def test_takes_a_group_that_fits_instead_of_a_better_one_that_does_not(graph):
+    assert grow(graph, targets(graph, 9), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 2, 1)
+    assert grow(graph, targets(graph, 12), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 1, 2)
+
+
+def test_the_first_unit_wins_a_tie(graph):
+    assert grow(graph, targets(graph, 10), [[1, 1, 1], [1, 1, 1], []]) == widths(graph, 2, 1)
+
+
+def test_grows_from_a_start(graph):
+    start = widths(graph, 1, 3)  # costs 14, (1, 4) 18, (2, 3) 19
+    assert grow(graph, targets(graph, 18), [[9, 9, 9], [1, 1, 1], []], start) == widths(graph, 1, 4)
+
+
+def test_refuses_a_start_beyond_the_budget(graph):
+    worth = even_worth(graph)
+    assert grow(graph, targets(graph, 6), worth) == widths(graph, 1, 1)
+    with pytest.raises(BudgetError, match="to grow from exceeds the budget"):
+        grow(graph, targets(graph, 5), worth)
+    with pytest.raises(BudgetError, match="to grow from exceeds the budget"):
+        grow(graph, targets(graph, 13), worth, widths(graph, 1, 3))
+
+
+def test_even_worth_is_how_far_a_unit_lags_behind(graph):
+    first, second, last = graph.units
+    coarse = replace(graph, units=(first, replace(second, choices=(2, 4)), last))
+    assert even_worth(coarse) == [[-1.5 / 4, -2.5 / 4, -3.5 / 4], [-3 / 4], []]
+    assert grow(coarse, targets(graph, 100), even_worth(coarse)) == widths(graph, 4, 4)
+    # (1, 2) costs 10, (2, 2) 14, (3, 2) 18, (4, 2) 22, (3, 4) 30
+    assert grow(coarse, targets(graph, 29), even_worth(coarse)) == widths(graph, 4, 2)
+    assert grow(coarse, targets(graph, 30), even_worth(coarse)) == widths(graph, 3, 4)
+
+
+def test_a_held_unit_stays(graph):
+    first, second = (unit.name for unit in graph.units[:2])
+    only = held(graph, {second: 3})
+    assert [unit.choices for unit in only.units] == [(1, 2, 3, 4), (3,), (3,)]
+    assert grow(only, targets(graph, 19), even_worth(only)) == widths(graph, 2, 3)
+    assert graph.units[1].choices == (1, 2, 3, 4)
+    assert held(graph, {first: 2}).units[0].searchable
+
+
+def test_largest_is_ascending_and_the_first_of_equals(graph):
+    unit = graph.units[0]
+    assert largest(torch.tensor([0.1, 3.0, 2.0, 5.0]), unit, 2).tolist() == [1, 3]
+    assert largest(torch.tensor([1.0, 1.0, 2.0, 1.0]), unit, 3).tolist() == [0, 1, 2]
+
+
+def test_largest_keeps_whole_steps(graph):
+    unit = replace(graph.units[0], step=2)
+    assert largest(torch.tensor([1.0, 2.0]), unit, 2).tolist() == [2, 3]
+    assert largest(torch.tensor([1.0, 2.0]), unit, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_kept_channels_are_those_of_the_searchable_units(graph):
+    first, second, _ = (unit.name for unit in graph.units)
+    scores = {first: torch.tensor([1.0, 4.0, 3.0, 2.0]), second: torch.tensor([4.0, 3.0, 2.0, 1.0])}
+    kept = kept_channels(graph, scores, widths(graph, 2, 1))
+    assert {name: channels.tolist() for name, channels in kept.items()} == {
+        first: [1, 2],
+        second: [0],
+    }
+
+
+def test_ranks_the_channels_of_all_units_together(graph):
+    first, second, _ = (unit.name for unit in graph.units)
+    scores = {first: torch.tensor([0.5, 9.0, 0.1, 5.0]), second: torch.tensor([4.0, 8.0, 3.0, 7.0])}
+    # Of both: 9 and 8 for the narrowest, then 7, 5, 4, 3, 0.5, 0.1.
+    found, kept = ranked(graph, targets(graph, 14), scores)
+    assert found == widths(graph, 2, 2)
+    assert {name: channels.tolist() for name, channels in kept.items()} == {
+        first: [1, 3],
+        second: [1, 3],
+    }
+    found, kept = ranked(graph, targets(graph, 24), scores)
+    assert found == widths(graph, 2, 4)
+    assert kept[second].tolist() == [0, 1, 2, 3]
+
+
+def test_a_group_is_worth_the_mean_of_what_it_adds(graph):
+    first, second, last = graph.units
+    coarse = replace(graph, units=(first, replace(second, choices=(2, 4)), last))
+    scores = {
+        first.name: torch.tensor([9.0, 4.0, 1.0, 1.0]),
+        second.name: torch.tensor([9.0, 9.0, 6.0, 1.0]),
+    }
+    # (1, 2) costs 10, (2, 2) 14, (1, 4) 18; (6 + 1) / 2 is less than 4
+    assert ranked(coarse, targets(graph, 18), scores)[0] == widths(graph, 3, 2)
+
+
+def test_a_ranking_respects_the_budget_or_refuses_it(graph):
+    scores = {unit.name: torch.rand(4) for unit in graph.searchable}
+    macs = dmcp.cost(graph, "macs")
+    for bound in range(6, 37):
+        assert macs.of(ranked(graph, targets(graph, bound), scores)[0]) <= bound
+    with pytest.raises(BudgetError):
+        ranked(graph, targets(graph, 5), scores)
