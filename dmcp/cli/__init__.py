@@ -1,4 +1,4 @@
-"""The command line: ``dmcp search | train | eval | inspect | report``."""
+"""The command line: ``dmcp search | train | eval | inspect | compare | report``."""
 
 from __future__ import annotations
 

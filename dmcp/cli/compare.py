@@ -1,8 +1,13 @@
-"""What a person sees of a comparison: progress and tables."""
+"""The command that compares methods, and what a person sees of it."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import click
 from rich.box import MARKDOWN
@@ -10,8 +15,32 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dmcp import methods
 from dmcp.cli.display import short
-from dmcp.compare import DENSE, TRACKS, Comparison, Row
+from dmcp.cli.options import (
+    compute_options,
+    computed,
+    device_of,
+    exclude_option,
+    given,
+    grid_options,
+    image_size_option,
+    model_options,
+    network_of,
+    output_options,
+    recipe_of,
+)
+from dmcp.compare import (
+    TRACKS,
+    CompareConfig,
+    Comparison,
+    Place,
+    Row,
+    draw_comparison,
+    run_compare,
+)
+from dmcp.errors import ConfigError, DmcpError, MissingDependencyError
+from dmcp.report import DENSE
 
 _COLUMNS: dict[str, JustifyMethod] = {
     "budget": "right",
@@ -30,9 +59,106 @@ _WIDTH = 120
 """Columns of the terminal that a table needs; where there are fewer its lines wrap as they are."""
 
 
-def parts(text: str) -> list[str]:
+def _parts(text: str) -> list[str]:
     """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@click.command()
+@model_options
+@click.option("--data", default="digits", help="'digits', or a folder with train/ and test/.")
+@image_size_option
+@click.option("--holdout", type=float, default=0.1, help="Share of images that judge structures.")
+@click.option("--batch-size", type=int, help="Images per step.  [recipe]")
+@click.option(
+    "--methods",
+    "names",
+    default="all",
+    help=f"all, or of {', '.join(methods.names(variants=True))}.",
+)
+@click.option("--comparison", help=f"Named methods instead: {', '.join(methods.COMPARISONS)}.")
+@click.option("--budgets", default="50%,25%", help="MACs of the structures.")
+@click.option("--seeds", default="0,1,2", help="Repetitions of everything.")
+@click.option("--track", "tracks", default="A", help="Of A (scratch), B (inherit), C (distil).")
+@click.option(
+    "--preset", type=click.Choice(methods.PRESETS), help="Hyper-parameters.  [by the recipe]"
+)
+@grid_options
+@exclude_option
+@click.option("--search-epochs", type=int, help="[recipe]")
+@click.option("--retrain-epochs", type=int, help="[recipe]")
+@compute_options
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder.")
+@click.option("--device", help="cpu or cuda.  [cuda where there is one]")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Processes side by side.")
+@click.option("--minutes", type=float, help="Stop after so many; the same command continues.")
+@click.option("--workers", type=int, default=0, help="Processes that decode images, for each job.")
+@click.option("--checkpoint-every", type=int, default=100, help="Steps between checkpoints.")
+@output_options
+def compare(
+    names: str,
+    comparison: str | None,
+    minutes: float | None,
+    output: Path,
+    jobs: int,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare pruning methods under one protocol: searches, trainings, a table and pictures.
+
+    Lists are separated by commas. Run the same command again to continue; methods, seeds and tracks
+    may be added to it.
+    """
+    if comparison is not None:
+        chosen = list(methods.comparison(comparison))
+    else:
+        chosen = list(methods.names()) if names == "all" else _parts(names)
+    config = _compare_config(chosen, options)
+    device = device_of(options["device"])
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    place = Place(output, device, threads, options["workers"], options["checkpoint_every"])
+    seconds = None if minutes is None else 60 * minutes
+    with CompareDisplay(quiet=quiet or as_json) as display:
+        result = run_compare(config, place, jobs=jobs, seconds=seconds, progress=display)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    elif not quiet:
+        show_comparison(result)
+    try:
+        draw_comparison(result, output / "report")
+    except MissingDependencyError as error:
+        click.echo(f"dmcp: {error}", err=True)
+    if result.failed:
+        raise DmcpError(f"{len(result.failed)} tasks failed: {'; '.join(result.failed.values())}")
+
+
+def _compare_config(chosen: list[str], options: dict[str, Any]) -> CompareConfig:
+    recipe = recipe_of(options)
+    network = network_of(recipe, options | {"seed": 0})
+    recipe = replace(
+        recipe,
+        search=computed(recipe.search, options),
+        retrain=computed(recipe.retrain, options),
+        search_epochs=given(options["search_epochs"], recipe.search_epochs),
+        retrain_epochs=given(options["retrain_epochs"], recipe.retrain_epochs),
+        groups=given(options["groups"], recipe.groups),
+        divisor=given(options["divisor"], recipe.divisor),
+    )
+    try:
+        seeds = [int(seed) for seed in _parts(options["seeds"])]
+    except ValueError:
+        raise ConfigError(f"--seeds must be numbers, got {options['seeds']!r}") from None
+    return CompareConfig(
+        network=network,
+        recipe=recipe,
+        methods=chosen,
+        budgets=_parts(options["budgets"]),
+        seeds=seeds,
+        tracks=_parts(options["tracks"]),  # type: ignore[arg-type]
+        preset=options["preset"] or ("paper" if recipe.budget else "short"),
+        exclude=list(options["exclude"]),
+    )
 
 
 class CompareDisplay:

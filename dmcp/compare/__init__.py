@@ -2,12 +2,12 @@
 only the method differs."""
 
 from dmcp.compare.config import TRACKS, CompareConfig, Track
+from dmcp.compare.pictures import draw_comparison
 from dmcp.compare.run import Comparison, run_compare
 from dmcp.compare.table import Record, Row
-from dmcp.compare.tasks import DENSE, Place
+from dmcp.compare.tasks import Place
 
 __all__ = [
-    "DENSE",
     "TRACKS",
     "CompareConfig",
     "Comparison",
@@ -15,5 +15,6 @@ __all__ = [
     "Record",
     "Row",
     "Track",
+    "draw_comparison",
     "run_compare",
 ]

@@ -13,7 +13,8 @@ import torch
 
 from dmcp.compare.config import CompareConfig, Track
 from dmcp.compare.latency import latencies
-from dmcp.compare.tasks import DENSE, Place, Pretrain, Retrain, bench_of
+from dmcp.compare.tasks import Place, Pretrain, Retrain, bench_of
+from dmcp.report import DENSE
 from dmcp.runs import RunFolder
 
 LATENCY_BATCH = 32

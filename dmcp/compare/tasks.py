@@ -19,13 +19,11 @@ from dmcp.compare.config import CompareConfig, Track
 from dmcp.cost import cost
 from dmcp.methods import Lab, Pruned
 from dmcp.recipes import Recipe
+from dmcp.report import DENSE
 from dmcp.runs import Machine, RunFolder
 from dmcp.runs.job import Job, open_network_data
 from dmcp.search import Budget
 from dmcp.train import Training, World
-
-DENSE = "dense"
-"""The whole network, among the methods of a table."""
 
 _RESULT = "result.json"
 

@@ -3,12 +3,13 @@
 from dmcp.report.chains import ChainCost, Chains
 from dmcp.report.distributions import draw_channels, draw_costs
 from dmcp.report.figure import save
-from dmcp.report.front import draw_front
+from dmcp.report.front import DENSE, draw_front
 from dmcp.report.published import Beside, beside_published
 from dmcp.report.searches import draw_search, find_searches
 from dmcp.report.widths import draw_widths
 
 __all__ = [
+    "DENSE",
     "Beside",
     "ChainCost",
     "Chains",

@@ -6,7 +6,8 @@ import pytest
 
 from dmcp.cli import main
 from dmcp.cli.compare import show_comparison
-from dmcp.compare import DENSE, Comparison, Row
+from dmcp.compare import Comparison, Row
+from dmcp.report import DENSE
 
 ARGUMENTS = [
     *("compare", "--model", "resnet18", "--width", "0.125", "--divisor", "2"),

@@ -12,11 +12,12 @@ import safetensors.torch
 import torch
 
 import dmcp
-from dmcp.compare import DENSE, Place, run_compare
+from dmcp.compare import Place, draw_comparison, run_compare
 from dmcp.compare.schedule import tasks_of
 from dmcp.compare.tasks import Find, Pretrain, Retrain, do
 from dmcp.errors import BudgetError, CheckpointError, ConfigError
 from dmcp.models import build
+from dmcp.report import DENSE
 
 
 def structure_of(widths):
@@ -50,6 +51,11 @@ def test_every_track_gives_a_network_of_the_found_widths_inside_the_budget(confi
         }
         assert sum(p.numel() for p in small.parameters()) == record.params
     assert json.loads((place.folder / "results.json").read_text())["left"] == 0
+    files = draw_comparison(result, place.folder / "report")
+    assert {file.name for file in files} == {
+        f"{name}.{kind}" for name in ("front", "widths-50%") for kind in ("png", "svg")
+    }
+    assert all(file.stat().st_size > 1000 for file in files)
 
 
 def test_equal_structures_are_trained_once(config, place):
