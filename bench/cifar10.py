@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--model", default="mobilenet_v2")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--track", default="A")
-    parser.add_argument("--minutes", type=float, default=8, help="of the comparison")
+    parser.add_argument("--minutes", type=float, help="of the comparison, at most")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--per-class", type=int, help="images of each class, for a small trial")
     parser.add_argument("--state", type=Path, required=True, help="tar file, read and written")
@@ -52,7 +52,8 @@ def main() -> int:
                 *("--data", data.name, "--holdout", "0.1", "--output", output.name),
                 *("--model", arguments.model, "--methods", arguments.methods),
                 *("--track", arguments.track, "--budgets", "50%,25%"),
-                *("--minutes", str(arguments.minutes), "--jobs", str(arguments.jobs)),
+                *("--jobs", str(arguments.jobs)),
+                *(["--minutes", str(arguments.minutes)] if arguments.minutes else []),
                 *more,
             ],
             cwd=folder,
