@@ -1,12 +1,13 @@
 """CIFAR-10: all methods under one protocol, in runs of a few minutes on machines that keep nothing.
 
-    python bench/cifar10.py cifar10.tar.xz --model mobilenet_v2 --minutes 8 --state state.tar
-    python bench/cifar10.py cifar10.tar.xz --per-class 40 --minutes 8 --state state.tar \
+    python bench/cifar10.py --archive cifar10.tar.xz --model mobilenet_v2 --state state.tar
+    python bench/cifar10.py --archive cifar10.tar.xz --per-class 40 --state state.tar \
         --search-epochs 1 --retrain-epochs 1 --width 0.35 --seeds 0
 
 Unpacks the images, takes up what `state` holds of an earlier call, runs `dmcp compare`, and writes
 `state` again: the results of finished tasks alone, a few hundred kilobytes, no weights and no
-checkpoints. A task that was under way begins anew in the next call. Other options go to
+checkpoints. A task that was under way begins anew in the next call, and so does the whole network
+that a search still needs; keep what a call must finish below its minutes. Other options go to
 `dmcp compare`, which prints the table; results.json beside `state` is what it found.
 """
 
@@ -24,16 +25,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 METHODS = "uniform,random,autoslim,fpgm,sfp,bernoulli,dmcp"
-_HEAVY = {".pt", ".safetensors"}
+_HEAVY = {".pt", ".safetensors", ".png", ".svg"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("archive", type=Path, help="train/<class>/*.jpg and test/<class>/*.jpg")
+    parser.add_argument("--archive", type=Path, required=True, help="train/<class>/*.jpg, test/…")
     parser.add_argument("--model", default="mobilenet_v2")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--track", default="A")
-    parser.add_argument("--minutes", type=float, help="of the comparison, at most")
+    parser.add_argument("--minutes", type=float, default=8, help="of the comparison, at most")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--per-class", type=int, help="images of each class, for a small trial")
     parser.add_argument("--state", type=Path, required=True, help="tar file, read and written")
@@ -52,8 +53,7 @@ def main() -> int:
                 *("--data", data.name, "--holdout", "0.1", "--output", output.name),
                 *("--model", arguments.model, "--methods", arguments.methods),
                 *("--track", arguments.track, "--budgets", "50%,25%"),
-                *("--jobs", str(arguments.jobs)),
-                *(["--minutes", str(arguments.minutes)] if arguments.minutes else []),
+                *("--minutes", str(arguments.minutes), "--jobs", str(arguments.jobs)),
                 *more,
             ],
             cwd=folder,
@@ -90,7 +90,7 @@ def keep(output: Path, state: Path) -> None:
     partial = state.with_name(f"{state.name}.partial")
     with tarfile.open(partial, "w") as tar:
         for path in sorted(output.rglob("*")):
-            if path.is_file() and path.suffix not in _HEAVY:
+            if path.is_file() and path.name[0] != "." and path.suffix not in _HEAVY:
                 tar.add(path, path.relative_to(output))
     partial.replace(state)
     if (results := output / "results.json").exists():

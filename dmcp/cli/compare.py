@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.box import MARKDOWN
 from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -108,15 +109,21 @@ def compare(
     """Compare pruning methods under one protocol: searches, trainings, a table and pictures.
 
     Lists are separated by commas. Run the same command again to continue; methods, seeds and tracks
-    may be added to it.
+    may be added to it. The tables hold what the command names.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("compare begins its own processes: use --jobs instead of torchrun")
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"--minutes must be positive, got {minutes:g}")
+    if comparison is not None and names != "all":
+        raise ConfigError("--methods and --comparison exclude each other")
     if comparison is not None:
         chosen = list(methods.comparison(comparison))
     else:
         chosen = list(methods.names()) if names == "all" else _parts(names)
     config = _compare_config(chosen, options)
     device = device_of(options["device"])
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     place = Place(output, device, threads, options["workers"], options["checkpoint_every"])
     seconds = None if minutes is None else 60 * minutes
     with CompareDisplay(quiet=quiet or as_json) as display:
@@ -130,7 +137,8 @@ def compare(
     except MissingDependencyError as error:
         click.echo(f"dmcp: {error}", err=True)
     if result.failed:
-        raise DmcpError(f"{len(result.failed)} tasks failed: {'; '.join(result.failed.values())}")
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in result.failed.items())
+        raise DmcpError(f"{len(result.failed)} tasks failed: {reasons}")
 
 
 def _compare_config(chosen: list[str], options: dict[str, Any]) -> CompareConfig:
@@ -176,13 +184,13 @@ class CompareDisplay:
         self._task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> CompareDisplay:
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def __call__(self, done: int, total: int, name: str) -> None:
+        self.progress.start()  # not before there is something to show: bad input is one line
         self.progress.update(self._task, completed=done, total=total, description=name)
 
 
@@ -197,8 +205,6 @@ def show_comparison(comparison: Comparison) -> None:
         if track:
             console.print(f"Track {track}: {TRACKS[track]}")
         console.print(_table([*dense, *rows]))
-    for task, reason in comparison.failed.items():
-        click.echo(f"dmcp: {task}: {reason}", err=True)
     if comparison.left:
         click.echo(f"dmcp: {comparison.left} tasks are left; the same command continues", err=True)
 

@@ -10,6 +10,7 @@ from dmcp import methods
 from dmcp.errors import ConfigError
 from dmcp.recipes import Recipe
 from dmcp.runs import NetworkConfig
+from dmcp.runs.config import check_epochs
 from dmcp.search import Budget
 
 Track = Literal["A", "B", "C"]
@@ -65,6 +66,9 @@ class CompareConfig:
                 raise ConfigError(f"tracks must be among {', '.join(TRACKS)}, got {track!r}")
         if min(self.seeds) < 0:
             raise ConfigError(f"seeds must not be negative, got {min(self.seeds)}")
+        check_epochs(
+            search_epochs=self.recipe.search_epochs, retrain_epochs=self.recipe.retrain_epochs
+        )
         if not self.network.holdout:
             raise ConfigError(
                 "methods judge structures by held-out images: holdout must be above 0"
@@ -77,4 +81,5 @@ class CompareConfig:
         for name in ("methods", "seeds", "tracks"):
             del parts[name]
         del parts["network"]["seed"]
+        parts["budgets"] = sorted(self.budgets)
         return {"kind": "compare", **parts}

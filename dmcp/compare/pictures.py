@@ -36,5 +36,5 @@ def draw_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         if record.budget is not None:
             structures.setdefault(record.budget, {}).setdefault(record.method, record.widths)
     for budget, found in structures.items():
-        files += save(draw_widths(found, dense[0]), folder / f"widths-{budget}")
+        files += save(draw_widths(found, dense[0], f"budget {budget}"), folder / f"widths-{budget}")
     return files

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-
-import torch
+from pathlib import Path
 
 from dmcp.compare.config import CompareConfig
 from dmcp.compare.schedule import Progress, carry_out, name_of
 from dmcp.compare.table import Record, Row, measure, records_of, rows_of
 from dmcp.compare.tasks import Place, bench_of
-from dmcp.errors import ConfigError
+from dmcp.errors import CheckpointError, ConfigError
 from dmcp.runs import RunFolder
 
 
@@ -24,12 +25,15 @@ class Comparison:
         records: its networks, one for each seed.
         failed: task -> the reason; a later call tries again.
         left: how many tasks there are still to do.
+        device, threads: where latency was measured, and with how many of PyTorch's threads.
     """
 
     rows: list[Row]
     records: list[Record]
     failed: Mapping[str, str]
     left: int
+    device: str
+    threads: int
 
 
 def run_compare(
@@ -54,7 +58,7 @@ def run_compare(
 
     Raises:
         BudgetError: the network cannot meet a budget.
-        CheckpointError: the folder is of another comparison.
+        CheckpointError: the folder is of another comparison, or in use.
         DmcpError: the network or the data are not fit for it. What goes wrong in a single task is
             in the result instead.
     """
@@ -62,14 +66,28 @@ def run_compare(
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if seconds is not None and not seconds > 0:
         raise ConfigError(f"seconds must be positive, got {seconds}")
-    bench_of(config, place, config.seeds[0]).lab(place.folder)  # refuses budgets out of reach
+    bench = bench_of(config, place, config.seeds[0])
+    bench.lab(place.folder)  # refuses budgets out of reach
+    bench.job.check_parts(config.recipe.search, config.recipe.retrain)
     folder = RunFolder(place.folder)
     folder.open(config.identity())
-    failed, left = carry_out(config, place, jobs, seconds, progress)
-    torch.set_num_threads(place.threads * jobs)
-    records = records_of(config, place.folder)
-    rows = rows_of(records, measure(config, place, records) if records else {})
-    reasons = {name_of(task): str(error) for task, error in failed.items()}
-    comparison = Comparison(rows, records, reasons, len(left))
-    folder.write_json("results.json", asdict(comparison))
+    with _alone(place.folder):
+        failed, left = carry_out(config, place, jobs, seconds, progress)
+        records = records_of(config, place.folder)
+        threads = place.threads * jobs
+        rows = rows_of(records, measure(config, place, threads, records) if records else {})
+        reasons = {name_of(task): str(error) for task, error in failed.items()}
+        comparison = Comparison(rows, records, reasons, len(left), place.device, threads)
+        folder.write_json("results.json", asdict(comparison))
     return comparison
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in the same folder."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{folder} is in use by another process") from None
+        yield

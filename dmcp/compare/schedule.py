@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from dmcp import methods
 from dmcp.compare.config import CompareConfig
 from dmcp.compare.tasks import Find, Place, Pretrain, Retrain, Task, do
 from dmcp.errors import DmcpError
@@ -68,20 +71,38 @@ def carry_out(
             queue.finish(task, _attempt(task, config, place))
             report(task)
         return queue.failed, queue.waiting
-    try:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    theirs = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
+        try:
             for task, error in _in_processes(pool, queue, jobs, config, place, deadline):
                 queue.finish(task, error)
                 report(task)
-            if _over(deadline):
-                for process in multiprocessing.active_children():
+        except BrokenProcessPool:
+            raise DmcpError(
+                "a process of the comparison was killed, for want of memory perhaps; the same "
+                "command continues, with fewer jobs if need be"
+            ) from None
+        finally:
+            # Nobody waits for a task that runs: the time is over, or something went wrong.
+            if queue.running:
+                for process in set(multiprocessing.active_children()) - theirs:
                     process.kill()
-    except BrokenProcessPool:
-        raise DmcpError(
-            "a process of the comparison was killed, for want of memory perhaps; the same command "
-            "continues, with fewer jobs if need be"
-        ) from None
     return queue.failed, queue.waiting
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that began it does, however that ends: otherwise it would
+    go on writing to a folder that the next one takes up."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def name_of(task: Task) -> str:
@@ -100,6 +121,7 @@ class _Queue:
     Attributes:
         waiting: those that are not done and have not failed, also those that run.
         failed: with the reasons.
+        running: those that were begun, with their folders.
     """
 
     def __init__(self, config: CompareConfig, root: Path, waiting: Sequence[Task]) -> None:
@@ -107,25 +129,25 @@ class _Queue:
         self.failed: dict[Task, DmcpError] = {}
         self._config = config
         self._root = root
-        self._running: dict[Task, Path] = {}
+        self.running: dict[Task, Path] = {}
 
     def next(self) -> Task | None:
         """The first task that can be begun, marked as running; None if none can now."""
         for task in [*self.waiting]:
-            if task in self._running or not all(self._is_done(t) for t in self._needs(task)):
+            if task in self.running or not self._can_begin(task):
                 continue
             if self._is_done(task):  # another one gave the same structure
                 self.waiting.remove(task)
                 continue
             folder = task.folder(self._root)
-            if folder not in self._running.values():
-                self._running[task] = folder
+            if folder not in self.running.values():
+                self.running[task] = folder
                 return task
         return None
 
     def finish(self, task: Task, error: DmcpError | None) -> None:
         """A running task is done, or has failed."""
-        del self._running[task]
+        del self.running[task]
         self.waiting.remove(task)
         if error is not None:
             self.failed[task] = error
@@ -133,14 +155,15 @@ class _Queue:
     def _is_done(self, task: Task) -> bool:
         return task.is_done(self._config, self._root)
 
-    def _needs(self, task: Task) -> list[Task]:
+    def _can_begin(self, task: Task) -> bool:
+        """Whether what it needs is there."""
         if isinstance(task, Retrain):
-            return [task.origin]
-        if isinstance(task, Find):
-            method = methods.get(task.method, self._config.preset)
-            if method.uses_pretrained or "B" in self._config.tracks:
-                return [Pretrain(task.seed)]
-        return []
+            if task.track == "B":
+                return self._is_done(task.origin)
+            return task.origin.has_structures(self._root)
+        if isinstance(task, Find) and task.needs_pretrained(self._config):
+            return self._is_done(Pretrain(task.seed))
+        return True
 
 
 def _in_processes(
@@ -167,11 +190,15 @@ def _in_processes(
 
 
 def _attempt(task: Task, config: CompareConfig, place: Place) -> DmcpError | None:
-    """Do a task; what the package raises on purpose is a result, other errors are raised."""
+    """Do a task; what goes wrong is a result, so that the others are done."""
     try:
         do(task, config, place)
     except DmcpError as error:
         return error
+    except Exception as error:
+        traceback.print_exc()
+        reason = next(iter(str(error).splitlines()), "")
+        return DmcpError(f"{type(error).__name__}: {reason}")
     return None
 
 

@@ -84,7 +84,7 @@ def records_of(config: CompareConfig, root: Path) -> list[Record]:
     """The networks of a comparison that are trained, the dense ones first."""
     records = []
     for seed in config.seeds:
-        if (dense := Pretrain(seed)).is_done(config, root):
+        if (dense := Pretrain(seed)).has_result(root):
             row = RunFolder(dense.folder(root)).read_json("result.json")
             records.append(_record(DENSE, None, None, seed, row, {}))
     for track in config.tracks:
@@ -92,8 +92,8 @@ def records_of(config: CompareConfig, root: Path) -> list[Record]:
             for method in config.methods:
                 for seed in config.seeds:
                     task = Retrain(method, seed, budget, track)
-                    if task.is_done(config, root):
-                        spent = task.origin.found(root)[budget]["spent"]
+                    if task.has_result(root):
+                        spent = _spent(task.origin.found(root)[budget], track)
                         row = task.result(root)
                         records.append(_record(method, track, budget, seed, row, spent))
     return records
@@ -128,8 +128,11 @@ def rows_of(records: Sequence[Record], milliseconds: Mapping[str, float]) -> lis
     ]
 
 
-def measure(config: CompareConfig, place: Place, records: Sequence[Record]) -> dict[str, float]:
-    """The latency of the first seed's structures, in milliseconds, by `structure_key`."""
+def measure(
+    config: CompareConfig, place: Place, threads: int, records: Sequence[Record]
+) -> dict[str, float]:
+    """The latency of the first seed's structures with so many threads, in milliseconds, by
+    `structure_key`: of `LATENCY_BATCH` images, or of a batch where that is smaller."""
     first: dict[_Cell, Mapping[str, int]] = {}
     for record in records:
         first.setdefault((record.method, record.track, record.budget), record.widths)
@@ -139,12 +142,24 @@ def measure(config: CompareConfig, place: Place, records: Sequence[Record]) -> d
     images = torch.zeros(batch, job.data.channels, size, size, device=place.device)
     images = images.to(memory_format=torch.channels_last)
     networks = [job.extract(job.graph.model, widths) for widths in structures.values()]
-    return dict(zip(structures, latencies(networks, images), strict=True))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return dict(zip(structures, latencies(networks, images), strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def structure_key(widths: Mapping[str, int]) -> str:
     """The same for equal structures."""
     return repr(sorted(widths.items()))
+
+
+def _spent(found: Mapping[str, Any], track: Track) -> dict[str, float]:
+    """What a search has cost, in track B with the network whose weights it inherits."""
+    if track != "B":
+        return dict(found["spent"])
+    return {key: value + found["inherited"][key] for key, value in found["spent"].items()}
 
 
 def _record(

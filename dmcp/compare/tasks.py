@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,8 @@ from torch import nn
 from dmcp import methods
 from dmcp.compare.config import CompareConfig, Track
 from dmcp.cost import cost
-from dmcp.methods import Lab, Pruned
+from dmcp.errors import CheckpointError
+from dmcp.methods import Lab, Pruned, Spent
 from dmcp.recipes import Recipe
 from dmcp.report import DENSE
 from dmcp.runs import Machine, RunFolder
@@ -96,7 +97,7 @@ class Bench:
             self.recipe,
             seed=self.seed,
             folder=folder / "checkpoint",
-            shared=self.place.folder / "shared" / str(self.seed),
+            shared=_shared(self.place.folder, self.seed),
             checkpoint_every=self.place.checkpoint_every,
             workers=self.place.workers,
         )
@@ -151,15 +152,29 @@ class Pretrain:
     def folder(self, root: Path) -> Path:
         return root / "trainings" / f"{DENSE}-{self.seed}"
 
-    def is_done(self, config: CompareConfig, root: Path) -> bool:
+    def has_result(self, root: Path) -> bool:
+        """Whether the network was judged."""
         return (self.folder(root) / _RESULT).exists()
 
+    def is_done(self, config: CompareConfig, root: Path) -> bool:
+        if not self.has_result(root):
+            return False
+        if (_shared(root, self.seed) / "pretrained.pt").exists():
+            return True
+        finds = (Find(method, self.seed) for method in config.methods)
+        return all(find.is_done(config, root) for find in finds if find.needs_pretrained(config))
+
     def do(self, bench: Bench) -> None:
-        lab = bench.lab(bench.place.folder / "shared" / str(self.seed))
+        lab = bench.lab(_shared(bench.place.folder, self.seed))
         folder = RunFolder(self.folder(bench.place.folder))
         model = lab.pretrained()
         seconds = lab.spent[None].seconds
         bench.write(folder, model, bench.job.graph.widths(), seconds)
+
+
+def _shared(root: Path, seed: int) -> Path:
+    """What all methods of a seed use."""
+    return root / "shared" / str(seed)
 
 
 @dataclass(frozen=True)
@@ -172,27 +187,41 @@ class Find:
     def folder(self, root: Path) -> Path:
         return root / "methods" / f"{self.method}-{self.seed}"
 
+    def needs_pretrained(self, config: CompareConfig) -> bool:
+        """Whether it starts from what `Pretrain` makes."""
+        return "B" in config.tracks or methods.get(self.method, config.preset).uses_pretrained
+
+    def has_structures(self, root: Path) -> bool:
+        """Whether structures were found; track B needs their weights as well."""
+        return (self.folder(root) / "found.json").exists()
+
     def is_done(self, config: CompareConfig, root: Path) -> bool:
-        weights = config.budgets if "B" in config.tracks else ()
-        files = ["found.json", *(f"weights/{budget}.safetensors" for budget in weights)]
-        return all((self.folder(root) / file).exists() for file in files)
+        if not self.has_structures(root):
+            return False
+        weights = self.folder(root) / "weights"
+        return "B" not in config.tracks or all(
+            (weights / f"{budget}.safetensors").exists()
+            or Retrain(self.method, self.seed, budget, "B").has_result(root)
+            for budget in config.budgets
+        )
 
     def found(self, root: Path) -> dict[str, Any]:
         """Budget -> ``widths``, ``kept`` channels where the method picks them, what was ``spent``,
-        and other ``details``."""
+        what the network that weights are inherited from has cost beside that, and ``details``."""
         return RunFolder(self.folder(root)).read_json("found.json")
 
     def do(self, bench: Bench) -> None:
         folder = RunFolder(self.folder(bench.place.folder))
         lab = bench.lab(folder.path)
-        torch.manual_seed(self.seed)
         pruned = methods.get(self.method, bench.config.preset).find(lab)
         found = {budget: _record(lab, budget, each) for budget, each in pruned.items()}
+        if self.has_structures(bench.place.folder):
+            _check_same(folder.path, self.found(bench.place.folder), found)
         for budget, each in pruned.items():
             if each.chains is not None:
                 folder.write_json(f"search-{budget}.json", dict(each.chains))
             if "B" in bench.config.tracks:
-                folder.write_weights(budget, _inherited(lab, each))
+                folder.write_weights(budget, _inherited(lab, each, found[budget]))
         folder.write_json("found.json", found)
 
 
@@ -218,8 +247,12 @@ class Retrain:
             name = hashlib.sha256(json.dumps(widths, sort_keys=True).encode()).hexdigest()[:12]
         return root / "trainings" / f"{self.track}-{self.seed}-{name}"
 
+    def has_result(self, root: Path) -> bool:
+        """Whether the network was trained and judged."""
+        return self.origin.has_structures(root) and (self.folder(root) / _RESULT).exists()
+
     def is_done(self, config: CompareConfig, root: Path) -> bool:
-        return self.origin.is_done(config, root) and (self.folder(root) / _RESULT).exists()
+        return self.has_result(root)
 
     def result(self, root: Path) -> dict[str, Any]:
         """What `Bench.write` wrote."""
@@ -254,18 +287,30 @@ def _record(lab: Lab, budget: str, pruned: Pruned) -> dict[str, Any]:
     kept = None
     if pruned.kept is not None:
         kept = {name: channels.tolist() for name, channels in pruned.kept.items()}
-    spent = lab.spent_on(budget)
     return {
         "widths": dict(pruned.widths),
         "kept": kept,
-        "spent": vars(spent),
+        "spent": asdict(lab.spent_on(budget)),
+        "inherited": asdict(Spent()),
         "details": dict(pruned.details),
     }
 
 
-def _inherited(lab: Lab, pruned: Pruned) -> nn.Module:
+def _inherited(lab: Lab, pruned: Pruned, record: dict[str, Any]) -> nn.Module:
     """The pruned network as it is before fine-tuning."""
-    if pruned.network is None:
-        return lab.inherit(lab.pretrained(), pruned.widths)
-    lab.calibrate(pruned.network)
-    return pruned.network
+    if pruned.network is not None:
+        lab.calibrate(pruned.network)
+        return pruned.network
+    model = lab.pretrained()
+    record["inherited"] = asdict(lab.pretraining)
+    return lab.inherit(model, pruned.widths)
+
+
+def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What was trained belongs to the structures that were found first."""
+    for budget, record in now.items():
+        if before[budget]["widths"] != record["widths"]:
+            raise CheckpointError(
+                f"{folder}: the search for {budget} was done again, for its weights, and found "
+                "another structure, on another machine perhaps: begin a new folder"
+            )

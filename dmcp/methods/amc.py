@@ -82,8 +82,10 @@ class AMC:
         for name in ("episodes", "replay", "batches", "positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.warm_up < 0:
-            raise ConfigError(f"warm_up must not be negative, got {self.warm_up!r}")
+        if not 0 <= self.warm_up < self.episodes:
+            raise ConfigError(
+                f"warm_up must lie in 0..{self.episodes - 1}, below episodes, got {self.warm_up!r}"
+            )
         if not 0 < self.least <= 1:
             raise ConfigError(f"least must lie in (0, 1], got {self.least!r}")
         if self.noise <= 0:
@@ -101,7 +103,7 @@ class AMC:
             start = episodes.best_widths
             widths = grow(lab.graph, targets, even_worth(lab.graph), start)
             kept = compressor.kept(widths)
-            details = {"accuracy": episodes.best_accuracy}
+            details = {"judged": dict(start), "accuracy": episodes.best_accuracy}
             found[label] = Pruned(widths, compressor.network(kept), kept, details)
         return found
 

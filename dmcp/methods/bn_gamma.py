@@ -54,7 +54,7 @@ class BNGamma:
         steps = lab.steps(lab.recipe.search_epochs)
         sparsity = self.sparsity or default_sparsity(options, steps)
         stage = SparsityTraining(model, options, steps, lab.graph, sparsity)
-        lab.train(stage, "sparsity training")
+        lab.train(stage, "sparsity-training")
         scales = mean_scales(lab.graph, model)
         scores = {**l1_norms(lab.graph, model), **scales}
         found = {}
@@ -73,7 +73,7 @@ PAPER = BNGamma(sparsity=1e-5)
 def default_sparsity(options: TrainOptions, steps: int) -> float:
     """The penalty that alone would take γ by 1.5 down in a run, from a start at 1."""
     rates = sum(options.lr.at(step / steps) for step in range(steps))
-    return 1.5 * (1 - options.momentum) / rates
+    return 1.5 * (1 - options.momentum) / rates if rates else 0.0
 
 
 class SparsityTraining(Training):

@@ -6,11 +6,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
+from dmcp.methods.contest import Contest
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import MarkovNet, Search, Targets
@@ -48,6 +50,8 @@ class DMCP:
             raise ConfigError(f"sampling must be 'expected' or 'markov', got {self.sampling!r}")
         if self.samples < 1:
             raise ConfigError(f"samples must be at least 1, got {self.samples!r}")
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"tolerance must lie in (0, 1), got {self.tolerance!r}")
 
     @property
     def uses_pretrained(self) -> bool:
@@ -64,7 +68,8 @@ class DMCP:
             if search is None or not self.single_search:
                 search = self._search(lab, net, label)
                 search.load_state_dict(warm)
-                lab.train(search, "search", passes=sandwich_passes(search) + 1, budget=label)
+                served = None if self.single_search else label
+                lab.train(search, "search", passes=sandwich_passes(search) + 1, budget=served)
             found[label] = self._pruned(lab, search, label)
         return found
 
@@ -89,10 +94,12 @@ class DMCP:
         net, targets = search.net, lab.targets[label]
         widths = expected_widths(net, targets)
         if self.sampling == "markov":
-            widths = self._best_sample(lab, net, targets)
-        return Pruned(widths, lab.extract(net.graph.model, widths), chains=search.describe())
+            contest = Contest(lab, self._samples(lab, net, targets), partial(_inherit, lab, net))
+            lab.run(contest, "samples", budget=label)
+            widths = dict(contest.best)
+        return Pruned(widths, _inherit(lab, net, widths), chains=search.describe(targets))
 
-    def _best_sample(self, lab: Lab, net: MarkovNet, targets: Targets) -> dict[str, int]:
+    def _samples(self, lab: Lab, net: MarkovNet, targets: Targets) -> list[dict[str, int]]:
         # Within the tolerance, but on the inner side of the budget.
         centre = [int(bound * (1 - self.tolerance / 2)) for bound in targets.bounds]
         samples = sample_within(
@@ -102,14 +109,13 @@ class DMCP:
             self.tolerance / 2,
             lab.generator(),
         )
-        structures = [samples[number] for number in range(len(samples))]
+        drawn = [samples[number] for number in range(len(samples))]
+        return [widths for number, widths in enumerate(drawn) if widths not in drawn[:number]]
 
-        def accuracy(widths: dict[str, int]) -> float:
-            small = lab.extract(net.graph.model, widths)
-            lab.calibrate(small)
-            return lab.accuracy(small)
 
-        return max(structures, key=accuracy)
+def _inherit(lab: Lab, net: MarkovNet, widths: Mapping[str, int]) -> nn.Module:
+    """The network of these widths with the weights of the search."""
+    return lab.extract(net.graph.model, widths)
 
 
 class WarmUp:

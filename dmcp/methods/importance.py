@@ -12,23 +12,29 @@ from dmcp.graph.tensors import tensor_of
 
 
 def producers(graph: ChannelGraph, unit: ChannelUnit) -> list[str]:
-    """Qualified names of the dense layers that produce a unit: one, or all that a residual stream
-    ties. Depthwise layers and norms only scale it."""
-    return list(dict.fromkeys(m.module for m in unit.members if _produces(graph, m)))
+    """Qualified names of the weights with which dense layers produce a unit: one, or all that a
+    residual stream ties. Depthwise layers, norms and other scales only scale it."""
+    names = [_qualified(member, name) for member, name, _ in _of_dense(graph, unit)]
+    return [name for name in names if len(graph.tensors[name]) > 1]
 
 
-def _produces(graph: ChannelGraph, member: Member) -> bool:
-    axes = graph.modules.get(member.module)
-    ranks = (len(graph.tensors[_qualified(member, name)]) for name, _ in member.tensors)
-    return member.role == "out" and (axes is None or axes.kind == "dense") and max(ranks) > 1
+def _of_dense(graph: ChannelGraph, unit: ChannelUnit) -> Iterator[tuple[Member, str, int]]:
+    """Weights and biases of the dense layers that produce a unit: member, name, dimension."""
+    dense = {name for node in graph.nodes if node.kind == "dense" for name in node.parameters}
+    for member in unit.members:
+        if member.role == "out":
+            for name, dim in member.tensors:
+                if _qualified(member, name) in dense:
+                    yield member, name, dim
 
 
 def producing_weights(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Iterator[Tensor]:
     """The weights of every dense layer that produces a unit, one row for each step of the unit:
     [C // step, n]. Depthwise layers, norms and biases do not count."""
-    for member in unit.members:
-        if _produces(graph, member):
-            yield from (rows for _, rows, ndim in _by_step(model, member) if ndim > 1)
+    for member, name, dim in _of_dense(graph, unit):
+        weight = tensor_of(model, _qualified(member, name))
+        if weight.ndim > 1:
+            yield _rows(weight, dim, member.channels)
 
 
 def unit_filters(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Tensor:
@@ -43,12 +49,9 @@ def filter_places(
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Where the filters that produce some steps of a unit lie, biases included: a parameter, a
     dimension of it, and positions along that."""
-    layers = producers(graph, unit)
-    for member in unit.members:
-        if member.role == "out" and member.module in layers:
-            for name, dim in member.tensors:
-                tensor = tensor_of(model, _qualified(member, name))
-                yield tensor, dim, member.channels[steps].flatten().to(tensor.device)
+    for member, name, dim in _of_dense(graph, unit):
+        tensor = tensor_of(model, _qualified(member, name))
+        yield tensor, dim, member.channels[steps].flatten().to(tensor.device)
 
 
 def consuming_weights(graph: ChannelGraph, model: nn.Module, unit: ChannelUnit) -> Iterator[Tensor]:
@@ -94,13 +97,16 @@ def l1_norms(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _by_step(model: nn.Module, member: Member) -> Iterator[tuple[str, Tensor, int]]:
-    """Of every tensor a member indexes: its name, the part of each step, [C // step, n] on the CPU,
-    and its rank."""
+    """Of every tensor a member indexes: its name, the part of each step, and its rank."""
     for name, dim in member.tensors:
         tensor = tensor_of(model, _qualified(member, name))
-        along = tensor.detach().movedim(dim, 0)
-        rows = along[member.channels.to(tensor.device)].cpu()
-        yield name, rows.reshape(len(rows), -1), tensor.ndim
+        yield name, _rows(tensor, dim, member.channels), tensor.ndim
+
+
+def _rows(tensor: Tensor, dim: int, channels: Tensor) -> Tensor:
+    """The part of a tensor that each row of ``channels`` indexes: [C // step, n], on the CPU."""
+    along = tensor.detach().movedim(dim, 0)
+    return along[channels.to(tensor.device)].cpu().reshape(len(channels), -1)
 
 
 def _qualified(member: Member, name: str) -> str:

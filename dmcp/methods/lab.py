@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmcp.data import Batch, DataSource, ImageSet, eval_batches, train_stream
+from dmcp.data import Batch, DataSource, eval_batches, train_stream
 from dmcp.errors import CheckpointError, ConfigError, DataError
 from dmcp.graph import ChannelGraph, extract
 from dmcp.methods.growth import largest
 from dmcp.methods.importance import l1_norms
 from dmcp.recipes import Recipe
 from dmcp.search import Budget, MarkovNet, Targets
-from dmcp.train import Stage, Training, evaluate, recalibrate_batch_norm, run
+from dmcp.train import Stage, Training, World, evaluate, recalibrate_batch_norm, run
 
 _HOLDOUT_BATCH = 256
 """Held-out images at a time, at most."""
@@ -61,7 +61,8 @@ class Lab:
         budgets: label -> what a structure may cost.
         recipe: the grid; lengths and options of trainings and searches.
         seed: of everything that is drawn.
-        folder: where long phases keep checkpoints to resume from; None keeps none.
+        folder: where long phases keep checkpoints to resume from; None keeps none. It belongs to
+            one method with one set of options.
         shared: as ``folder``, for what all methods use.
         checkpoint_every: steps between checkpoints.
         workers: processes that decode images.
@@ -70,10 +71,12 @@ class Lab:
         graph: the same, its units' ``choices`` restricted to the grid.
         budgets, targets: label -> budget, and its bounds for this network; the largest one first.
         device: of the network.
+        spent: what searches have cost so far, by budget; None for what serves all of them.
+        pretraining: what `pretrained` has cost, nothing before it is called; a part of ``spent``.
 
     Raises:
         BudgetError: see `Budget.of`.
-        ConfigError: no budget.
+        ConfigError: no budget, or budgets that bound different costs.
         DataError: no held-out images, or fewer images than one batch.
     """
 
@@ -112,6 +115,7 @@ class Lab:
         self._workers = workers
         self._running: _Metered | None = None
         self._pretrained: nn.Module | None = None
+        self.pretraining = Spent()
 
     def fresh(self) -> nn.Module:
         """The whole network with its fresh weights, to train."""
@@ -139,7 +143,6 @@ class Lab:
         *,
         passes: int = 1,
         budget: str | None = None,
-        images: ImageSet | None = None,
     ) -> None:
         """Drive a stage to its end on training batches.
 
@@ -148,19 +151,17 @@ class Lab:
             phase: its name, once in a search.
             passes: networks that every image goes through in a step, forward and backward.
             budget: the label of the budget it is for, None if it serves all.
-            images: other images than the training set.
         """
-        images = self.data.train if images is None else images
         self._drive(
             _Metered(stage, passes * self.recipe.batch_size),
             phase,
-            lambda start: self._stream(images, stage.steps, start),
+            lambda start: self._stream(stage.steps, start),
             budget,
         )
 
-    def _stream(self, images: ImageSet, steps: int, start: int = 0) -> Iterator[Batch]:
+    def _stream(self, steps: int, start: int = 0) -> Iterator[Batch]:
         return train_stream(
-            images,
+            self.data.train,
             self.recipe.batch_size,
             seed=self.seed,
             steps=steps,
@@ -188,6 +189,7 @@ class Lab:
         name = phase if budget is None else f"{phase}-{budget}"
         folder = folder or self._folder
         before, self._running = self._running, stage
+        torch.manual_seed(self.seed)  # for what a network draws itself, dropout
         try:
             seconds = run(
                 stage,
@@ -195,6 +197,7 @@ class Lab:
                 phase=name,
                 checkpoint=None if folder is None else folder / f"{name}.pt",
                 checkpoint_every=checkpoint_every or self._checkpoint_every,
+                world=World.single(self.device),
             )
         finally:
             self._running = before
@@ -218,14 +221,17 @@ class Lab:
         folder, charged to each of them, once."""
         if self._pretrained is None:
             model = self.fresh()
-            stage = Training(model, self.recipe.retrain, self.steps(self.recipe.retrain_epochs))
+            steps = self.steps(self.recipe.retrain_epochs)
+            training = Training(model, self.recipe.retrain, steps)
+            stage = _Metered(training, self.recipe.batch_size)
             self._drive(
-                _Metered(stage, self.recipe.batch_size),
+                stage,
                 "pretrained",
-                lambda start: self._stream(self.data.train, stage.steps, start),
+                lambda start: self._stream(stage.steps, start),
                 folder=self._shared,
             )
             self._pretrained = model
+            self.pretraining = stage.spent
         return copy.deepcopy(self._pretrained)
 
     def accuracy(self, model: nn.Module) -> float:
@@ -255,12 +261,16 @@ class Lab:
     def calibrate(self, model: nn.Module, batches: int = 16) -> None:
         """Give the batch norms of an extracted network the statistics of training images."""
         model.to(self.device)
-        recalibrate_batch_norm(model, self.batches(batches))
-        self.charge(batches * self.recipe.batch_size)
+        recalibrate_batch_norm(model, self._charged(self.batches(batches)))
+
+    def _charged(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.charge(len(batch.images))
+            yield batch
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The first training batches, augmented; always the same. Not charged."""
-        return self._stream(self.data.train, count)
+        return self._stream(count)
 
     def extract(
         self,
@@ -323,5 +333,10 @@ class _Metered:
 
 
 def _descending(targets: Mapping[str, Targets]) -> dict[str, Targets]:
+    bounded = {tuple(each.by_metric()) for each in targets.values()}
+    if len(bounded) > 1:
+        raise ConfigError(f"budgets must all bound the same costs, got {sorted(bounded)}")
+    if len({each.bounds for each in targets.values()}) < len(targets):
+        raise ConfigError(f"budgets must differ, got {', '.join(targets)}")
     order = sorted(targets, key=lambda name: targets[name].bounds, reverse=True)
     return {name: targets[name] for name in order}

@@ -7,7 +7,8 @@ What differs from the published code:
 - A generator sees the shares that its layer keeps of its inputs and of its outputs; a share that is
   always 1, like that of images, merely adds to a bias. The published one sees those of its block.
 - Generators start where their outputs are the fresh weights of the network, varied by a hidden
-  layer: so networks without norms start at the scale that they need.
+  layer: so networks without norms start at the scale that they need. Those weights are the last
+  layer's bias, so that they do not decay.
 - Norms have no private statistics for each width. In training, a batch is normalised by its own
   statistics, and before a structure is judged its statistics are measured anew, by an exact mean
   over some batches: there is nothing that private ones would be used for.
@@ -136,6 +137,10 @@ class PruningNet(nn.Module):
         self.net = net
         self.widths = net.graph.widths()
         self.generated = tuple(_generated(net.graph))
+        if not self.generated:
+            raise ConfigError(
+                "metapruning generates the weights of nn.Conv2d modules: the network has none"
+            )
         model, units = net.graph.model, net.graph.units
         self.generators = nn.ModuleList(
             WeightGenerator(model.get_parameter(f"{name}.weight"), hidden, generator)

@@ -10,16 +10,18 @@ then room below the budget is filled, as for all methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dmcp.errors import CheckpointError, ConfigError
+from dmcp.errors import ConfigError
 from dmcp.graph import ChannelGraph
-from dmcp.methods.growth import even_worth, grow
+from dmcp.methods.contest import Contest
+from dmcp.methods.growth import even_worth, grow, kept_channels
+from dmcp.methods.importance import l1_norms
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import Targets
@@ -52,17 +54,20 @@ class RandomSearch:
     def find(self, lab: Lab) -> dict[str, Pruned]:
         """See `Method`."""
         model = lab.pretrained()
+        norms = l1_norms(lab.graph, model)
+
+        def network(widths: Mapping[str, int]) -> nn.Module:
+            return lab.extract(model, kept=kept_channels(lab.graph, norms, widths))
+
         found = {}
         for label, targets in lab.targets.items():
             structures = random_structures(
                 lab.graph, targets, self.samples, self.least_share, lab.generator()
             )
-            contest = Contest(lab, model, structures)
+            contest = Contest(lab, structures, network)
             lab.run(contest, "contest", budget=label)
-            accuracies = contest.accuracies
-            best = structures[max(range(len(accuracies)), key=accuracies.__getitem__)]
-            details = {"structures": structures, "accuracies": accuracies}
-            found[label] = Pruned(best, lab.inherit(model, best), details=details)
+            details = {"structures": structures, "accuracies": contest.accuracies}
+            found[label] = Pruned(contest.best, network(contest.best), details=details)
         return found
 
 
@@ -95,42 +100,3 @@ def random_structures(
         if len(found) == count:
             break
     return found
-
-
-class Contest:
-    """Judges structures as a stage: a step is one of them.
-
-    Args:
-        lab: its images.
-        model: whose filters they inherit.
-        structures: what to judge.
-
-    Attributes:
-        accuracies: of those judged so far.
-    """
-
-    def __init__(self, lab: Lab, model: nn.Module, structures: Sequence[Mapping[str, int]]) -> None:
-        self.lab, self.model, self.structures = lab, model, structures
-        self.accuracies: list[float] = []
-
-    @property
-    def steps(self) -> int:
-        return len(self.structures)
-
-    @property
-    def step_index(self) -> int:
-        return len(self.accuracies)
-
-    def step(self) -> dict[str, Tensor]:
-        """Judge the next structure."""
-        small = self.lab.inherit(self.model, self.structures[self.step_index])
-        self.accuracies.append(self.lab.accuracy(small))
-        return {"accuracy": torch.tensor(self.accuracies[-1])}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"structures": list(self.structures), "accuracies": list(self.accuracies)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["structures"] != self.structures:
-            raise CheckpointError("the checkpoint is of other structures")
-        self.accuracies = list(state["accuracies"])

@@ -57,7 +57,7 @@ COMPARISONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def names(*, variants: bool = False) -> tuple[str, ...]:
-    """The methods that differ in kind; with ``variants`` every name that `get` accepts."""
+    """The methods of the tables; with ``variants`` also DMCP's ablations: all that `get` takes."""
     return tuple(name for name in _METHODS if variants or not name.startswith("dmcp-"))
 
 

@@ -14,6 +14,9 @@ from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import Targets
 
+_CLOSE = 0.99
+"""The share of a budget that is used well enough."""
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -29,19 +32,32 @@ class Uniform:
 
 
 def even_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
-    """`uniform_widths`, and where a coarse grid leaves room below the budget, one group more for
-    units that it fits in, the narrowest shares first.
+    """`uniform_widths`, but closer to the budget where a coarse grid leaves room below it: units
+    may be wider by one group, the narrowest shares first, and one of them narrower by one.
 
     Raises:
         BudgetError: see `uniform_widths`.
     """
     widths = uniform_widths(graph, targets)
-    near = [
-        replace(unit, choices=unit.choices[: unit.choices.index(widths[unit.name]) + 2])
-        for unit in graph.units
-    ]
-    graph = replace(graph, units=tuple(near))
-    return grow(graph, targets, even_worth(graph), widths)
+
+    def filled(narrowed: str | None) -> dict[str, int]:
+        near, start = [], {}
+        for unit in graph.units:
+            place = unit.choices.index(widths[unit.name]) - (unit.name == narrowed)
+            last = place if unit.name == narrowed else place + 1
+            near.append(replace(unit, choices=unit.choices[: last + 1]))
+            start[unit.name] = unit.choices[place]
+        nearby = replace(graph, units=tuple(near))
+        return grow(nearby, targets, even_worth(nearby), start)
+
+    def cost(widths: dict[str, int]) -> float:
+        return float(targets.largest_ratio(torch.tensor([list(widths.values())])))
+
+    best = filled(None)
+    if cost(best) >= _CLOSE:
+        return best
+    others = [u.name for u in graph.units if widths[u.name] > u.choices[0]]
+    return max([best, *(filled(name) for name in others)], key=cost)
 
 
 def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:

@@ -116,6 +116,7 @@ class Chains:
             self.choices.keys() == self.retain.keys() <= self.units.keys()
             and bool(self.costs)
             and all(cost.coefficients.shape == (side, side) for cost in self.costs.values())
+            and all(cost.budget > 0 for cost in self.costs.values())
             and all(_is_chain(q, self.choices[unit]) for unit, q in self.retain.items())
         )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # paper swallows.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 _COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "os^Dvp<X>Phd*8"
+_MARKERS = "os^Dvp<X>PhdH8"
 
 FULL = "#D0D0D0"
 """The full network's grey."""

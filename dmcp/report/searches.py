@@ -19,8 +19,8 @@ _OWN = "search.json"
 def find_searches(run: Path) -> dict[str, Path]:
     """The finished searches in a folder and the folders in it.
 
-    A ``search.json`` is one. A comparison has a ``search-<budget>.json`` of every method, of which
-    those are taken that hold chains.
+    A ``search.json`` is one. A comparison has a ``search-<budget>.json`` of every method with
+    chains, finished once there is a ``found.json`` beside it.
 
     Returns:
         Name -> file. The name is the file's path in the folder without its suffix, empty for the
@@ -32,7 +32,7 @@ def find_searches(run: Path) -> dict[str, Path]:
     found = {
         str(path.relative_to(run))[: -len(".json")]: path
         for path in sorted(run.rglob("search*.json"))
-        if path.name == _OWN or _holds_chains(path)
+        if path.name == _OWN or ((path.parent / "found.json").exists() and _holds_chains(path))
     }
     if not found:
         raise CheckpointError(f"{run} is not a finished search: it has no {_OWN}")

@@ -67,7 +67,7 @@ class TrainConfig:
     widths: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        _check_epochs(epochs=self.epochs)
+        check_epochs(epochs=self.epochs)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class SearchConfig:
     baselines: bool = True
 
     def __post_init__(self) -> None:
-        _check_epochs(search_epochs=self.search_epochs, retrain_epochs=self.retrain_epochs)
+        check_epochs(search_epochs=self.search_epochs, retrain_epochs=self.retrain_epochs)
         if self.retrain not in RETRAIN:
             raise ConfigError(f"retrain must be one of {RETRAIN}, got {self.retrain!r}")
         if self.arch_data not in ARCH_DATA:
@@ -119,7 +119,8 @@ def to_json(config: TrainConfig | SearchConfig) -> dict[str, Any]:
     return {"kind": kind, **asdict(config)}
 
 
-def _check_epochs(**epochs: int) -> None:
+def check_epochs(**epochs: int) -> None:
+    """Refuse lengths below one epoch."""
     for name, value in epochs.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")

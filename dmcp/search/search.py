@@ -162,15 +162,19 @@ class Search:
         return sample_within(self.net, self.targets, count, tolerance, generator, max_draws)
 
     @torch.no_grad()
-    def describe(self) -> dict[str, Any]:
+    def describe(self, targets: Targets | None = None) -> dict[str, Any]:
         """What the chains say, as plain JSON data.
+
+        Args:
+            targets: the bounds to hold their costs against, by default those of the search.
 
         Returns:
             ``costs``: metric -> budget, expected value, standard deviation, and the cost as
             `Cost.coefficients` of the widths of all units; ``units``: unit -> full width, in that
             order; ``choices`` and ``retain``: searchable unit -> widths, retain probabilities.
         """
-        expected = self.expected_cost()
+        targets = targets or self.targets
+        expected = self.net.expected_cost(self.net.cost_table(targets.costs))
         values = zip(expected.cost.tolist(), expected.variance.tolist(), strict=True)
         costs = {
             cost.metric: {
@@ -180,7 +184,7 @@ class Search:
                 "coefficients": cost.coefficients().tolist(),
             }
             for cost, bound, (mean, variance) in zip(
-                self.targets.costs, self.targets.bounds, values, strict=True
+                targets.costs, targets.bounds, values, strict=True
             )
         }
         chains = {unit.name: self.net.chain(unit.name) for unit in self.net.graph.searchable}

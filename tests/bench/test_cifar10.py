@@ -45,7 +45,9 @@ def test_goes_on_from_its_state_alone(archive, tmp_path, monkeypatch, capfd):
         *("--search-epochs", "1", "--retrain-epochs", "1", "--batch-size", "4"),
         *("--model", "resnet18"),
     ]
-    monkeypatch.setattr(sys, "argv", ["cifar10.py", str(archive), "--state", str(state), *options])
+    monkeypatch.setattr(
+        sys, "argv", ["cifar10.py", "--archive", str(archive), "--state", str(state), *options]
+    )
     assert cifar10.main() == 0
     first = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in first["rows"]] == ["dense", "uniform", "uniform"]

@@ -40,8 +40,12 @@ def test_prints_a_table_and_continues_a_finished_folder(tmp_path, capsys):
         (["--seeds", "0,one"], "--seeds must be numbers, got '0,one'"),
         (["--track", "A,D"], "tracks must be among A, B, C, got 'D'"),
         (["--budgets", "lots"], "got 'lots'"),
-        (["--comparison", "magic"], "unknown comparison 'magic'"),
+        (["--methods", "all", "--comparison", "magic"], "unknown comparison 'magic'"),
         (["--holdout", "0"], "holdout must be above 0"),
+        (["--comparison", "gates"], "--methods and --comparison exclude each other"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--micro-batches", "200"], "micro_batches"),
+        (["--budgets", "50%,50.0%"], "budgets must differ"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
@@ -50,6 +54,12 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not output.exists()
+
+
+def test_is_not_for_torchrun(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*ARGUMENTS, "--output", str(tmp_path / "run")]) == 2
+    assert "--jobs" in capsys.readouterr().err
 
 
 def row(method, track, budget, **changes):
@@ -73,7 +83,7 @@ def test_tracks_are_never_mixed_and_what_is_missing_is_said(capsys):
         row("dmcp", "A", "50%"),
         row("dmcp", "C", "50%", top1=0.5, seeds=1, top1_deviation=0.0),
     ]
-    show_comparison(Comparison(rows, [], {"search amc, seed 0": "no memory"}, left=2))
+    show_comparison(Comparison(rows, [], {}, left=2, device="cpu", threads=1))
     printed = capsys.readouterr()
     first, second = printed.out.split("Track C")
     assert first.count("dmcp") == second.count("dmcp") == 1
@@ -81,5 +91,4 @@ def test_tracks_are_never_mixed_and_what_is_missing_is_said(capsys):
     assert "97.53 ± 0.41" in first
     assert " 50.00 |" in second  # one seed has no deviation
     assert "±" not in second.split("dmcp")[1].splitlines()[0]
-    assert "search amc, seed 0: no memory" in printed.err
     assert "2 tasks are left" in printed.err

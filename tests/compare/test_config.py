@@ -34,9 +34,17 @@ def test_needs_images_that_judge_structures(config):
         replace(config, network=replace(config.network, holdout=0.0))
 
 
+@pytest.mark.parametrize("name", ["search_epochs", "retrain_epochs"])
+def test_refuses_no_epochs(config, name):
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        replace(config, recipe=replace(config.recipe, **{name: 0}))
+
+
 def test_methods_seeds_and_tracks_may_be_added_and_nothing_else(config):
     added = replace(config, methods=("dmcp",), seeds=(3, 4), tracks=("C", "A"))
     assert added.identity() == config.identity()
     assert replace(config, budgets=("40%",)).identity() != config.identity()
+    two = replace(config, budgets=("50%", "25%")).identity()
+    assert two == replace(config, budgets=("25%", "50%")).identity()
     other = replace(config.recipe, retrain_epochs=2)
     assert replace(config, recipe=other).identity() != config.identity()

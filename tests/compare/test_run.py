@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -94,8 +97,9 @@ def test_a_comparison_whose_time_is_over_says_what_is_left_and_continues(config,
 _KILLED = """
 import sys, pickle
 from dmcp.compare import run_compare
-config, place = pickle.load(open(sys.argv[1], "rb"))
-run_compare(config, place)
+if __name__ == "__main__":
+    config, place = pickle.load(open(sys.argv[1], "rb"))
+    run_compare(config, place, jobs=int(sys.argv[2]))
 """
 
 
@@ -106,7 +110,7 @@ def test_a_comparison_that_was_killed_continues_with_the_same_numbers(config, pl
     killed = Place(tmp_path / "killed", "cpu", threads=1, checkpoint_every=2)
     arguments = tmp_path / "arguments"
     arguments.write_bytes(pickle.dumps((config, killed)))
-    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments)])
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments), "1"])
     checkpoint = killed.folder / "trainings"
     while process.poll() is None and not list(checkpoint.glob("A-*/checkpoint/train.pt")):
         time.sleep(0.05)
@@ -117,6 +121,72 @@ def test_a_comparison_that_was_killed_continues_with_the_same_numbers(config, pl
     assert [r.top1 for r in result.records] == [r.top1 for r in whole.records]
     assert [r.widths for r in result.records] == [r.widths for r in whole.records]
     assert not list(checkpoint.glob("*/checkpoint"))
+
+
+def test_processes_end_with_the_one_that_began_them(config, place, tmp_path):
+    recipe = replace(config.recipe, retrain_epochs=1000)
+    arguments = tmp_path / "arguments"
+    arguments.write_bytes(pickle.dumps((replace(config, recipe=recipe), place)))
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments), "2"])
+    pretrained = place.folder / "shared" / "0" / "pretrained.pt"
+    while process.poll() is None and not pretrained.exists():
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert workers
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker goes on writing to the folder"
+        time.sleep(0.05)
+
+
+def test_a_folder_is_for_one_process_at_a_time(config, place):
+    run_compare(replace(config, methods=("uniform",)), place, seconds=0.01)
+    with (place.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="in use by another process"):
+            run_compare(config, place)
+
+
+def test_track_b_may_be_added_and_charges_the_network_that_weights_come_from(config, place):
+    config = replace(config, methods=("uniform",))
+    run_compare(config, place)
+    both = replace(config, tracks=("A", "B"))
+    # What track A has is done, though the weights for B are not there yet.
+    assert [type(task) for task in tasks_of(both) if not task.is_done(both, place.folder)] == [
+        Find,
+        Retrain,
+    ]
+    _, scratch, tuned = run_compare(both, place).records
+    assert scratch.widths == tuned.widths
+    assert (scratch.forward, scratch.backward) == (0, 0)
+    steps = 1293 // config.network.batch_size  # the digits that are not held out, one epoch
+    assert tuned.backward == steps * config.network.batch_size
+    # Where a result is there, the weights that it began with are not needed again.
+    shutil.rmtree(place.folder / "methods" / "uniform-0" / "weights")
+    assert all(task.is_done(both, place.folder) for task in tasks_of(both))
+
+
+def test_the_pretrained_network_is_made_again_only_for_those_that_need_it(config, place):
+    config = replace(config, methods=("l1",))
+    run_compare(config, place)
+    (place.folder / "shared" / "0" / "pretrained.pt").unlink()
+    assert Pretrain(0).is_done(config, place.folder)
+    assert not Pretrain(0).is_done(replace(config, methods=("l1", "group_norm")), place.folder)
+
+
+def test_another_error_ends_its_own_task_alone(config, place, capfd):
+    broken = place.folder / "methods" / "uniform-0"
+    run_compare(replace(config, methods=("uniform",)), place, seconds=0.01)
+    broken.parent.mkdir()
+    broken.write_text("a file where a folder is to be")
+    result = run_compare(config, place)
+    (reason,) = result.failed.values()
+    assert "Error: " in reason
+    assert str(broken) in reason
+    assert "Traceback" in capfd.readouterr().err
+    assert [row.method for row in result.rows] == [DENSE, "l1"]
 
 
 def test_a_folder_of_another_comparison_is_refused(config, place):

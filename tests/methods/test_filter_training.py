@@ -155,7 +155,7 @@ def test_refuses_the_state_of_a_plain_training(make_stage, residual):
 def test_streams_stay_whole_where_the_budget_allows_it(residual):
     widths = filter_widths(residual, Budget(macs="50%").of(residual))
     assert widths["stem"] == 8
-    assert widths["first"] / 8 == pytest.approx(widths["last"] / 12, abs=1 / 8)
+    assert widths["first"] / 8 == pytest.approx(widths["last"] / 12, abs=2 / 8)
     assert 0.4 < dmcp.cost(residual, "macs").of(widths) / dmcp.cost(residual, "macs").of({}) <= 0.5
 
 
@@ -165,8 +165,8 @@ def test_streams_join_at_the_same_share_where_it_does_not(residual):
     assert filter_widths(residual, Targets((macs,), (least,)))["stem"] == 8
     widths = filter_widths(residual, Targets((macs,), (least - 1,)))
     assert widths["stem"] < 8
-    assert widths["first"] / 8 == pytest.approx(widths["stem"] / 8, abs=1 / 8)
-    assert widths["last"] / 12 == pytest.approx(widths["stem"] / 8, abs=1 / 8)
+    assert widths["first"] / 8 == pytest.approx(widths["stem"] / 8, abs=2 / 8)
+    assert widths["last"] / 12 == pytest.approx(widths["stem"] / 8, abs=2 / 8)
     with pytest.raises(BudgetError):
         filter_widths(residual, Targets((macs,), (10,)))
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import dmcp
 from dmcp.methods.importance import (
     consuming_weights,
     depthwise_weights,
@@ -21,19 +24,83 @@ def units(graph):
 def test_a_stream_is_produced_by_several_layers(residual):
     names = {name: producers(residual, unit) for name, unit in units(residual).items()}
     assert names == {
-        "stem": ["stem", "second"],
-        "first": ["first"],
-        "last": ["last"],
-        "head": ["head"],
+        "stem": ["stem.weight", "second.weight"],
+        "first": ["first.weight"],
+        "last": ["last.weight"],
+        "head": ["head.weight"],
     }
 
 
 def test_a_depthwise_layer_produces_nothing(traced):
     graph = traced("Depthwise").graph
-    assert producers(graph, graph.units[0]) == ["0.0"]
+    assert producers(graph, graph.units[0]) == ["0.0.weight"]
     (depthwise,) = depthwise_weights(graph, graph.model, graph.units[0])
     assert torch.equal(depthwise, graph.model[2][0].weight.reshape(8, 9))
     assert [rows.shape for rows in norm_scales(graph, graph.model, graph.units[0])] == [(8, 1)] * 2
+
+
+class Scaled(nn.Module):
+    """A scale of each channel and a depthwise convolution, with parameters of the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.filters = nn.Parameter(torch.randn(8, 1, 3, 3))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x)) * self.scale
+        x = F.conv2d(x, self.filters, padding=1, groups=len(self.filters))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """A stream of two dense convolutions with parameters of the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.second = nn.Parameter(torch.randn(8, 8, 3, 3))
+        self.bias = nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(F.conv2d(x, self.first, padding=1))
+        x = F.relu(x + F.conv2d(x, self.second, self.bias, padding=1))
+        return self.head(x.mean((2, 3)))
+
+
+def traced_with_seed(kind):
+    torch.manual_seed(0)
+    return dmcp.trace(kind(), torch.randn(2, 3, 8, 8))
+
+
+def test_functional_scales_and_depthwise_convolutions_produce_nothing():
+    graph = traced_with_seed(Scaled)
+    unit = units(graph)["stem"]
+    assert unit.searchable
+    indexed = {name for member in unit.members for name, _ in member.tensors}
+    assert {"scale", "filters"} <= indexed  # they are pruned with the unit all the same
+    assert producers(graph, unit) == ["stem.weight"]
+    (rows,) = producing_weights(graph, graph.model, unit)
+    assert torch.equal(rows, graph.model.stem.weight.reshape(8, 27))
+    places = [tensor for tensor, _, _ in filter_places(graph, graph.model, unit, torch.tensor([0]))]
+    assert [id(tensor) for tensor in places] == [
+        id(graph.model.stem.weight),
+        id(graph.model.stem.bias),
+    ]
+
+
+def test_functional_convolutions_of_one_module_are_producers_of_their_own():
+    graph = traced_with_seed(Functional)
+    model, unit = graph.model, units(graph)["first"]
+    assert unit.searchable
+    assert producers(graph, unit) == ["first", "second"]
+    first, second = producing_weights(graph, model, unit)
+    assert torch.equal(first, model.first.reshape(8, 27))
+    assert torch.equal(second, model.second.reshape(8, 72))
+    norms = model.first.abs().sum((1, 2, 3)) + model.second.abs().sum((1, 2, 3))
+    torch.testing.assert_close(l1_norms(graph, model)["first"], norms.detach())
 
 
 def test_weights_have_a_row_for_each_channel(residual):
