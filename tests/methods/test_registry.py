@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from dmcp.errors import ConfigError
-from dmcp.methods import COMPARISONS, PRESETS, DMCP, comparison, get, names
+from dmcp.methods import COMPARISONS, DMCP, PRESETS, comparison, get, names
 
 TABLES = (
     "uniform",
