@@ -9,7 +9,12 @@ from dmcp.train.training import TrainOptions
 
 SMALL_RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
-        search=SearchOptions(lr=Schedule(peak=0.02, final=0.002), weight_decay=5e-4),
+        # A hundred steps of α in all: they have to be large ones.
+        search=SearchOptions(
+            lr=Schedule(peak=0.02, final=0.002),
+            weight_decay=5e-4,
+            arch_lr=Schedule(peak=0.1, final=0.02),
+        ),
         retrain=TrainOptions(
             lr=Schedule(peak=0.05, start=0.005, warmup=0.1),
             weight_decay=5e-4,
