@@ -41,7 +41,7 @@ from dmcp.compare import (
     run_compare,
 )
 from dmcp.errors import ConfigError, DmcpError, MissingDependencyError
-from dmcp.report import DENSE
+from dmcp.report import DENSE, beside_published
 
 _COLUMNS: dict[str, JustifyMethod] = {
     "budget": "right",
@@ -132,6 +132,7 @@ def compare(
         print(json.dumps(asdict(result)))
     elif not quiet:
         show_comparison(result)
+        show_published(result.rows, config.network.model)
     try:
         draw_comparison(result, output / "report")
     except MissingDependencyError as error:
@@ -207,6 +208,31 @@ def show_comparison(comparison: Comparison) -> None:
         console.print(_table([*dense, *rows]))
     if comparison.left:
         click.echo(f"dmcp: {comparison.left} tasks are left; the same command continues", err=True)
+
+
+def show_published(rows: Sequence[Row], network: str) -> None:
+    """Print the rows that the paper has something to hold against: the same network at nearly the
+    same MACs, distilled if the track is; nothing where there are none."""
+    measured = [{"network": network, **asdict(row)} for row in rows]
+    pairs = [
+        (row, published)
+        for row, record in zip(rows, measured, strict=True)
+        for beside in beside_published([record])
+        if (published := beside.published) and published.distilled == (row.track == "C")
+    ]
+    if not pairs:
+        return
+    table = Table(box=MARKDOWN)
+    for name in ("method", "track", "MACs", "top-1 %", "published", "MACs", "top-1 %"):
+        table.add_column(name, no_wrap=True)
+    for row, published in pairs:
+        cells = [row.method, row.track or "–", short(row.macs), f"{100 * row.top1:.2f}"]
+        of_paper = [published.method, short(published.macs), f"{published.top1:.1f}"]
+        table.add_row(*cells, *of_paper)
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, _WIDTH)
+    console.print("Beside the paper's results on ImageNet")
+    console.print(table)
 
 
 def _table(rows: Sequence[Row]) -> Table:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dmcp.cli import main
-from dmcp.cli.compare import show_comparison
+from dmcp.cli.compare import show_comparison, show_published
 from dmcp.compare import Comparison, Row
 from dmcp.report import DENSE
 
@@ -75,6 +75,25 @@ def row(method, track, budget, **changes):
         "search_seconds": 61.0,
     }
     return Row(method, track, budget, **(values | changes))
+
+
+def test_the_paper_stands_beside_its_own_networks(capsys):
+    rows = [
+        row("dmcp", "A", "50%", macs=210e6, top1=0.71),
+        row("dmcp", "C", "50%", macs=210e6, top1=0.73),
+        row("dmcp", "A", "10%", macs=1e6),
+    ]
+    show_published(rows, "mobilenet_v2")
+    printed = capsys.readouterr().out
+    shown = [line for line in printed.splitlines() if "| dmcp" in line]
+    scratch = [line for line in shown if " A " in line]
+    assert any("dmcp" in line and "72.2" in line for line in scratch)
+    assert any("uniform" in line and "70.1" in line for line in scratch)
+    assert not any("73.5" in line for line in scratch)  # the starred row
+    assert any("73.5" in line for line in shown if " C " in line)
+    assert "| 1M " not in printed
+    show_published(rows, "resnet18")
+    assert capsys.readouterr().out == ""
 
 
 def test_tracks_are_never_mixed_and_what_is_missing_is_said(capsys):
