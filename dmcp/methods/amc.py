@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from dmcp.errors import CheckpointError, ConfigError
 from dmcp.graph import ChannelGraph, ChannelUnit
-from dmcp.methods.growth import even_worth, grow, kept_channels
+from dmcp.methods.growth import even_worth, kept_channels
 from dmcp.methods.importance import consuming_weights
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import Targets
+from dmcp.search.growth import grow
 from dmcp.train.optim import restore
 
 _FEATURES = 10

@@ -28,10 +28,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dmcp.errors import CheckpointError
 from dmcp.methods.dmcp import WarmUp, sandwich_passes
-from dmcp.methods.growth import even_worth, grow
+from dmcp.methods.growth import even_worth
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import MarkovNet, Search
+from dmcp.search.growth import grow
 from dmcp.train.evaluate import modes_kept
 
 

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
-from dmcp.methods.dmcp import DMCP
+from dmcp.methods.dmcp import DMCP, closest_expected_widths
 from dmcp.methods.growth import kept_channels
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import MarkovNet, Search
 from dmcp.search.bernoulli_net import BernoulliNet
-from dmcp.search.sampling import expected_widths
 from dmcp.train.readback import HostCopy
 
 
@@ -62,7 +61,7 @@ class Bernoulli(DMCP):
 
     def _pruned(self, lab: Lab, search: Search, label: str) -> Pruned:
         net = search.net
-        widths = expected_widths(net, lab.targets[label])
+        widths = closest_expected_widths(net, lab.targets[label])
         with torch.no_grad():
             scores = {
                 unit.name: net.chain(unit.name).channel_retain()[:: unit.step]

@@ -16,7 +16,8 @@ from dmcp.methods.contest import Contest
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import MarkovNet, Search, Targets
-from dmcp.search.sampling import expected_widths, sample_within
+from dmcp.search.growth import grow
+from dmcp.search.sampling import expected_widths, retain_by_unit, sample_within
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class DMCP:
 
     def _pruned(self, lab: Lab, search: Search, label: str) -> Pruned:
         net, targets = search.net, lab.targets[label]
-        widths = expected_widths(net, targets)
+        widths = closest_expected_widths(net, targets)
         if self.sampling == "markov":
             contest = Contest(lab, self._samples(lab, net, targets), partial(_inherit, lab, net))
             lab.run(contest, "samples", budget=label)
@@ -111,6 +112,11 @@ class DMCP:
         )
         drawn = [samples[number] for number in range(len(samples))]
         return [widths for number, widths in enumerate(drawn) if widths not in drawn[:number]]
+
+
+def closest_expected_widths(net: MarkovNet, targets: Targets) -> dict[str, int]:
+    """`expected_widths`, brought as close to the budget as the structures of other methods."""
+    return grow(net.graph, targets, retain_by_unit(net), expected_widths(net, targets))
 
 
 def _inherit(lab: Lab, net: MarkovNet, widths: Mapping[str, int]) -> nn.Module:

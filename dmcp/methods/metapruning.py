@@ -34,11 +34,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dmcp.errors import CheckpointError, ConfigError
 from dmcp.graph import ChannelGraph, ChannelUnit
 from dmcp.graph.units import AxisMap
-from dmcp.methods.growth import even_worth, grow
+from dmcp.methods.growth import even_worth
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.methods.random_search import random_structures
 from dmcp.search import MarkovNet, Targets
+from dmcp.search.growth import grow
 from dmcp.train import Training, TrainOptions
 
 _T = TypeVar("_T")

@@ -20,11 +20,12 @@ from torch import nn
 from dmcp.errors import ConfigError
 from dmcp.graph import ChannelGraph
 from dmcp.methods.contest import Contest
-from dmcp.methods.growth import even_worth, grow, kept_channels
+from dmcp.methods.growth import even_worth, kept_channels
 from dmcp.methods.importance import l1_norms
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import Targets
+from dmcp.search.growth import grow
 
 
 @dataclass(frozen=True)

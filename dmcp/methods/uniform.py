@@ -9,13 +9,11 @@ import torch
 
 from dmcp.errors import BudgetError
 from dmcp.graph import ChannelGraph
-from dmcp.methods.growth import even_worth, grow
+from dmcp.methods.growth import even_worth
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
 from dmcp.search import Targets
-
-_CLOSE = 0.99
-"""The share of a budget that is used well enough."""
+from dmcp.search.growth import grow
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,12 @@ def even_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
         BudgetError: see `uniform_widths`.
     """
     widths = uniform_widths(graph, targets)
-
-    def filled(narrowed: str | None) -> dict[str, int]:
-        near, start = [], {}
-        for unit in graph.units:
-            place = unit.choices.index(widths[unit.name]) - (unit.name == narrowed)
-            last = place if unit.name == narrowed else place + 1
-            near.append(replace(unit, choices=unit.choices[: last + 1]))
-            start[unit.name] = unit.choices[place]
-        nearby = replace(graph, units=tuple(near))
-        return grow(nearby, targets, even_worth(nearby), start)
-
-    def cost(widths: dict[str, int]) -> float:
-        return float(targets.largest_ratio(torch.tensor([list(widths.values())])))
-
-    best = filled(None)
-    if cost(best) >= _CLOSE:
-        return best
-    others = [u.name for u in graph.units if widths[u.name] > u.choices[0]]
-    return max([best, *(filled(name) for name in others)], key=cost)
+    near = []
+    for unit in graph.units:
+        place = unit.choices.index(widths[unit.name])
+        near.append(replace(unit, choices=unit.choices[max(place - 1, 0) : place + 2]))
+    graph = replace(graph, units=tuple(near))
+    return grow(graph, targets, even_worth(graph), widths)
 
 
 def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:

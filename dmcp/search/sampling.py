@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dmcp.errors import ConfigError, SamplingError
 from dmcp.search.budget import Targets
+from dmcp.search.growth import fill
 from dmcp.search.markov_net import MarkovNet
 
 _CHUNK = 4096
@@ -45,34 +46,21 @@ def expected_widths(net: MarkovNet, targets: Targets) -> dict[str, int]:
 
     Every unit takes the choice nearest to its expected width. Then groups go, the one with the
     lowest retain probability first, until the structure lies within every bound; then groups
-    come back, the one with the highest retain probability first, as long as one fits.
+    come back, the one with the highest retain probability first, see `fill`.
     """
     choices = [unit.choices for unit in net.graph.units]
     means = net.expected_widths().values()
-    q = _retain_by_unit(net)
+    q = retain_by_unit(net)
     place = [_nearest(grid, mean) for grid, mean in zip(choices, means, strict=True)]
 
     def widths(place: list[int]) -> list[int]:
         return [grid[k] for grid, k in zip(choices, place, strict=True)]
 
-    def fits(places: list[list[int]]) -> list[bool]:
-        structures = torch.tensor([widths(place) for place in places], dtype=torch.int64)
-        return list(targets.met(structures).tolist())
-
-    while not fits([place])[0]:
+    while not targets.met(torch.tensor([widths(place)], dtype=torch.int64)):
         last = [(q[u][k - 1], u) for u, k in enumerate(place) if k > 0]
         place[min(last)[1]] -= 1
-    while True:
-        following = sorted(
-            ((q[u][k], u) for u, k in enumerate(place) if k + 1 < len(choices[u])), reverse=True
-        )
-        candidates = [[k + (u == v) for v, k in enumerate(place)] for _, u in following]
-        accepted = fits(candidates) if candidates else []
-        if not any(accepted):
-            break
-        place = candidates[accepted.index(True)]
     names = [unit.name for unit in net.graph.units]
-    return dict(zip(names, widths(place), strict=True))
+    return fill(net.graph, targets, q, dict(zip(names, widths(place), strict=True)))
 
 
 @torch.no_grad()
@@ -146,7 +134,8 @@ def _nearest(grid: Sequence[int], mean: float) -> int:
     return min(range(len(grid)), key=lambda place: abs(grid[place] - mean))
 
 
-def _retain_by_unit(net: MarkovNet) -> list[list[float]]:
-    """The highest first, in which order groups are kept; along a chain they fall anyway."""
+def retain_by_unit(net: MarkovNet) -> list[list[float]]:
+    """The retain probabilities of every unit's groups, the highest first: the order in which groups
+    are kept. Along a chain they fall anyway."""
     lengths = [len(unit.choices) - 1 for unit in net.graph.units]
     return [sorted(part.tolist(), reverse=True) for part in net.retain().split(lengths)]

@@ -7,8 +7,9 @@ import torch
 
 import dmcp
 from dmcp.errors import BudgetError
-from dmcp.methods.growth import even_worth, grow, held, kept_channels, largest, ranked
+from dmcp.methods.growth import even_worth, held, kept_channels, largest, ranked
 from dmcp.search import Targets
+from dmcp.search.growth import fill, grow
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,20 @@ def test_takes_the_group_that_is_worth_most(graph):
 
 def test_takes_a_group_that_fits_instead_of_a_better_one_that_does_not(graph):
     assert grow(graph, targets(graph, 9), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 2, 1)
-    assert grow(graph, targets(graph, 12), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 1, 2)
+    assert grow(graph, targets(graph, 11), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 1, 2)
+
+
+def test_a_unit_gives_up_a_group_where_others_use_the_budget_better(graph):
+    # Growing alone ends at (1, 2), five sixths of the budget; without its last group at (3, 1).
+    assert grow(graph, targets(graph, 12), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 3, 1)
+    assert fill(graph, targets(graph, 12), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 1, 2)
+    # Nothing comes within 1 % of 17: (2, 2) costs 14, (4, 1) 15.
+    assert grow(graph, targets(graph, 17), [[5, 3, 1], [4, 2, 1], []]) == widths(graph, 4, 1)
 
 
 def test_the_first_unit_wins_a_tie(graph):
-    assert grow(graph, targets(graph, 10), [[1, 1, 1], [1, 1, 1], []]) == widths(graph, 2, 1)
+    # (1, 2) costs 10, and then nothing else fits
+    assert grow(graph, targets(graph, 13), [[1, 1, 1], [1, 1, 1], []]) == widths(graph, 3, 1)
 
 
 def test_grows_from_a_start(graph):
