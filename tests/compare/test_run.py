@@ -125,6 +125,7 @@ def test_a_comparison_that_was_killed_continues_with_the_same_numbers(config, pl
 
 def test_processes_end_with_the_one_that_began_them(config, place, tmp_path):
     recipe = replace(config.recipe, retrain_epochs=1000)
+    place = replace(place, checkpoint_every=2)
     arguments = tmp_path / "arguments"
     arguments.write_bytes(pickle.dumps((replace(config, recipe=recipe), place)))
     process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments), "2"])

@@ -34,6 +34,10 @@ def test_the_searches_of_a_comparison(
     gates = {name: q[::-1] for name, q in description["retain"].items()}
     write("methods/bernoulli-0/search-25%.json", description | {"retain": gates})
     write("methods/amc-0/search-25%.json", {"accuracy": 0.9})
+    # A search is finished once all its budgets are found.
+    write("methods/dmcp-1/search-25%.json", description)
+    for method in ("dmcp-0", "bernoulli-0", "amc-0"):
+        write(f"methods/{method}/found.json", {})
     (tmp_path / "methods/amc-0/search-50%.json").write_text("{")
     assert find_searches(tmp_path) == paths
 
