@@ -200,8 +200,3 @@ def _attempt(task: Task, config: CompareConfig, place: Place) -> DmcpError | Non
         reason = next(iter(str(error).splitlines()), "")
         return DmcpError(f"{type(error).__name__}: {reason}")
     return None
-
-
-def _over(deadline: float | None) -> bool:
-    """Whether the time is over."""
-    return deadline is not None and time.monotonic() >= deadline

@@ -93,11 +93,12 @@ class DMCP:
 
     def _pruned(self, lab: Lab, search: Search, label: str) -> Pruned:
         net, targets = search.net, lab.targets[label]
-        widths = closest_expected_widths(net, targets)
         if self.sampling == "markov":
             contest = Contest(lab, self._samples(lab, net, targets), partial(_inherit, lab, net))
             lab.run(contest, "samples", budget=label)
             widths = dict(contest.best)
+        else:
+            widths = closest_expected_widths(net, targets)
         return Pruned(widths, _inherit(lab, net, widths), chains=search.describe(targets))
 
     def _samples(self, lab: Lab, net: MarkovNet, targets: Targets) -> list[dict[str, int]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dmcp.data import Batch, DataSource, eval_batches, train_stream
 from dmcp.errors import CheckpointError, ConfigError, DataError
 from dmcp.graph import ChannelGraph, extract
-from dmcp.methods.growth import largest
+from dmcp.methods.growth import kept_channels
 from dmcp.methods.importance import l1_norms
 from dmcp.recipes import Recipe
 from dmcp.search import Budget, MarkovNet, Targets
@@ -286,11 +286,7 @@ class Lab:
     def inherit(self, model: nn.Module, widths: Mapping[str, int]) -> nn.Module:
         """The network of these widths with the filters of ``model`` that have the largest norms,
         calibrated."""
-        norms = l1_norms(self.graph, model)
-        kept = {
-            unit.name: largest(norms[unit.name], unit, widths[unit.name])
-            for unit in self.graph.searchable
-        }
+        kept = kept_channels(self.graph, l1_norms(self.graph, model), widths)
         small = self.extract(model, kept=kept)
         self.calibrate(small)
         return small
