@@ -1,4 +1,4 @@
-"""Every exception the package raises on purpose, and the importer of optional packages."""
+"""Every exception and warning of the package's own, and the importer of optional packages."""
 
 from __future__ import annotations
 
@@ -40,8 +40,20 @@ class CheckpointError(DmcpError):
     """A checkpoint or a run folder is corrupt, or belongs to something else."""
 
 
+class StructureError(ConfigError):
+    """A structure file is malformed, or of another network."""
+
+
+class ExportError(DmcpError):
+    """A network has no exact counterpart in the form asked for; the message says where."""
+
+
 class DivergenceError(DmcpError):
     """A loss became NaN or infinite."""
+
+
+class SearchWarning(UserWarning):
+    """A search goes on, but its result may not be what was asked for."""
 
 
 class MissingDependencyError(DmcpError, ImportError):

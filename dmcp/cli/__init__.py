@@ -23,8 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     from dmcp.cli.commands import commands
 
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        commands.main(arguments, prog_name="dmcp", standalone_mode=False)
+        commands.main(given, prog_name="dmcp", standalone_mode=False, obj=given)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2

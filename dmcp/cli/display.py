@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,15 +17,20 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from dmcp.cost import cost
+from dmcp.errors import SearchWarning
 from dmcp.graph import ChannelGraph
 from dmcp.runs import Row
+from dmcp.search.watch import decided_share
 
 _LABELS = {
     "dense": "dense",
@@ -35,45 +42,97 @@ _LABELS = {
 
 _METRICS = ("macs", "params", "memory")
 
+_LOG_WIDTH = 160
+"""Characters of a line where there is no terminal to fit into."""
+
 
 class ProgressDisplay:
-    """A progress bar per phase with the live loss and, in a search, E[cost] against its bound."""
+    """A progress bar per phase with images per second, the live loss and accuracy and, in a search,
+    E[cost] against its bound and the share of groups that are decided. Where stderr is no terminal,
+    the lines at the end.
+
+    While it is open, a `dmcp.SearchWarning` is one line above the bars.
+    """
 
     def __init__(self) -> None:
+        whole = Column(no_wrap=True)
         self.progress = Progress(
-            TextColumn("{task.description:>8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}", markup=False),
-            console=Console(stderr=True),
+            TextColumn("{task.description:>8}", table_column=whole),
+            BarColumn(bar_width=12, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            _ImagesPerSecond(table_column=whole),
+            _Metrics(),
+            console=Console(stderr=True, width=None if sys.stderr.isatty() else _LOG_WIDTH),
         )
         self._task: TaskID | None = None
-        self._bounds: Mapping[str, int] = {}
+        self._begun = False
+        self._bounds: Mapping[str, float] = {}
+        self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> ProgressDisplay:
+        self._warnings.__enter__()
+        warnings.simplefilter("always", SearchWarning)
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, SearchWarning):
+                self.progress.console.print(f"warning: {message}", markup=False, soft_wrap=True)
+            else:
+                show_others(message, category, *where, **more)
+
+        warnings.showwarning = show
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._warnings.__exit__(*error)
         if self._task is not None:
             self.progress.stop()
 
-    def begin(self, phase: str, steps: int, bounds: Mapping[str, int]) -> None:
+    def begin(self, phase: str, steps: int, batch_size: int, bounds: Mapping[str, float]) -> None:
         self.progress.start()
-        self._bounds = bounds
-        self._task = self.progress.add_task(phase, total=steps, metrics="")
+        self._bounds, self._begun = bounds, False
+        self._task = self.progress.add_task(
+            phase, total=steps, batch_size=batch_size, metrics="", decided=""
+        )
 
     def step(self, done: int) -> None:
-        if self._task is not None:
+        if self._task is None:
+            return
+        if self._begun:
             self.progress.update(self._task, completed=done)
+        else:  # steps of before a restart tell nothing of the speed
+            self.progress.reset(self._task, completed=done)
+        self._begun = True
 
     def record(self, record: Mapping[str, Any]) -> None:
-        parts = [f"loss {record['loss']:.3f}"]
-        for metric, bound in self._bounds.items():
-            if f"expected_{metric}" in record:
-                parts.append(f"E[{metric}] {short(record[f'expected_{metric}'])} / {short(bound)}")
-        if self._task is not None:
-            self.progress.update(self._task, metrics="  ".join(parts))
+        if self._task is None:
+            return
+        if "retain" in record:
+            decided = f"  decided {decided_share(record['retain']):.0%}"
+            self.progress.update(self._task, decided=decided)
+            return
+        costs = [
+            f"E[{metric}] {short(record[f'expected_{metric}'])} / {short(bound)}"
+            for metric, bound in self._bounds.items()
+        ]
+        parts = [*costs, f"loss {record['loss']:.3f}", f"acc {record['accuracy']:.1%}"]
+        self.progress.update(self._task, metrics="  ".join(parts))
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        images = "" if speed is None else f"{short(speed * task.fields['batch_size'])} img/s"
+        return Text(images)
+
+
+class _Metrics(ProgressColumn):
+    """What a narrow terminal has room for."""
+
+    def render(self, task: Task) -> Text:
+        text = task.fields["metrics"] + task.fields["decided"]
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def short(value: float) -> str:

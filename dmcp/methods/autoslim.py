@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dmcp.errors import CheckpointError
-from dmcp.methods.dmcp import WarmUp, sandwich_passes
+from dmcp.methods.dmcp import WarmUp
 from dmcp.methods.growth import even_worth
 from dmcp.methods.lab import Lab
 from dmcp.methods.method import Pruned
@@ -46,7 +46,7 @@ class AutoSlim:
         """See `Method`."""
         net = lab.net(lab.fresh())
         supernet = sandwich_training(lab, net)
-        lab.train(supernet, "supernet", passes=sandwich_passes(supernet.search))
+        lab.train(supernet, "supernet", passes=supernet.search.options.sandwich)
         slimming = Slimming(lab, net)
         lab.run(slimming, "slimming")
         even = even_worth(lab.graph)

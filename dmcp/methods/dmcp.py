@@ -70,7 +70,7 @@ class DMCP:
                 search = self._search(lab, net, label)
                 search.load_state_dict(warm)
                 served = None if self.single_search else label
-                lab.train(search, "search", passes=sandwich_passes(search) + 1, budget=served)
+                lab.train(search, "search", passes=search.options.sandwich + 1, budget=served)
             found[label] = self._pruned(lab, search, label)
         return found
 
@@ -88,7 +88,7 @@ class DMCP:
         if self.uses_pretrained:
             search.step_index = search.warmup_steps
         else:
-            lab.train(WarmUp(search), "warm-up", passes=sandwich_passes(search))
+            lab.train(WarmUp(search), "warm-up", passes=search.options.sandwich)
         return copy.deepcopy(search.state_dict())
 
     def _pruned(self, lab: Lab, search: Search, label: str) -> Pruned:
@@ -144,8 +144,3 @@ class WarmUp:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.search.load_state_dict(state)
-
-
-def sandwich_passes(search: Search) -> int:
-    """Networks that a sandwich step trains: the widest, the narrowest and the random ones."""
-    return 2 + search.options.random_subnets

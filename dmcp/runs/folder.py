@@ -21,18 +21,20 @@ class RunFolder:
     ``config.json``
         what was asked for; a folder takes up only the very run it was made by. Of a model in a
         file it holds the name, and nothing runs that file because the name is there.
-    ``metrics.jsonl``, ``tensorboard/``
-        what was measured on the way.
+    ``metrics.jsonl``, ``chains.jsonl``, ``tensorboard/``
+        what was measured on the way; the retain probabilities of a search, up to 200 times.
+    ``ledger.json``
+        what the phases have cost, on what, and how to repeat the run, see `dmcp.runs.ledger`.
     ``checkpoint/<phase>.pt``
         to resume from; torch files that hold tensors and plain data only.
     ``widths.json``
-        the structure that was found, unit name -> width.
+        the structure that was found, see `dmcp.Structure`.
     ``weights/<network>.safetensors``
         trained networks.
     ``results.json``
         the table at the end.
 
-    Every file but the metrics is replaced at once, so a kill leaves the old one or the new one.
+    Every file but the records is replaced at once, so a kill leaves the old one or the new one.
     """
 
     def __init__(self, path: Path) -> None:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +18,15 @@ from dmcp.cost import cost, measured_macs
 from dmcp.data import Batch, DataSource, ImageSet, eval_batches, open_data, train_stream
 from dmcp.errors import ConfigError, DataError, DmcpError
 from dmcp.graph import ChannelGraph, extract, trace
+from dmcp.methods import Spent
 from dmcp.runs.config import NetworkConfig, SearchConfig
 from dmcp.runs.folder import RunFolder
-from dmcp.search import MarkovNet, Search, SearchOptions
+from dmcp.runs.ledger import Ledger
+from dmcp.search import MarkovNet, Search, SearchOptions, SearchWatch
 from dmcp.search.distilled import DistilledTraining
 from dmcp.train import (
     Evaluation,
     Recorder,
-    Stage,
     Training,
     TrainOptions,
     World,
@@ -36,6 +38,7 @@ from dmcp.train import (
 )
 from dmcp.train.distributed import barrier
 from dmcp.train.parts import split_batch
+from dmcp.train.recorder import Record
 
 SMALL_IMAGES = 64
 """Up to this side, in pixels, networks take their variant for small images."""
@@ -46,14 +49,15 @@ _RECALIBRATION_BATCHES = 32
 class Watcher(Protocol):
     """Who follows a run: a progress display."""
 
-    def begin(self, phase: str, steps: int, bounds: Mapping[str, int]) -> None:
+    def begin(self, phase: str, steps: int, batch_size: int, bounds: Mapping[str, float]) -> None:
         """A phase of so many steps begins; ``bounds`` are those of a search, by metric."""
 
     def step(self, done: int) -> None:
         """So many steps of the phase are done."""
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Metrics were read back."""
+        """Metrics or chains were read back: what `dmcp.train.Recorder` records. After a restart
+        first what is left of the steps before it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Machine:
         workers: processes that decode images.
         checkpoint_every, log_every: in steps.
         watcher: who follows the run, on the main process.
+        command: the shell line that repeats the run, for its ledger.
     """
 
     world: World
@@ -72,6 +77,7 @@ class Machine:
     checkpoint_every: int = 100
     log_every: int = 10
     watcher: Watcher | None = None
+    command: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -115,10 +121,16 @@ def build_network(
     name: str, options: Mapping[str, float], channels: int, image_size: int, num_classes: int
 ) -> nn.Module:
     """A network by name, for images of this size if it is one of the package's own."""
+    return models.build(name, num_classes, **network_options(name, options, channels, image_size))
+
+
+def network_options(
+    name: str, options: Mapping[str, float], channels: int, image_size: int
+) -> dict[str, float]:
+    """The keyword arguments of `build_network`'s network beside the number of classes."""
     if name not in models.names():
-        return models.build(name, num_classes, **options)
-    small = image_size <= SMALL_IMAGES
-    return models.build(name, num_classes, in_channels=channels, small_images=small, **options)
+        return dict(options)
+    return {"in_channels": channels, "small_images": image_size <= SMALL_IMAGES, **options}
 
 
 def _check_logits(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
@@ -148,6 +160,7 @@ class Job:
         folder: of the run.
         machine: where it computes.
         exclude: units that are left alone, see `dmcp.trace`.
+        ledger: where it is recorded what the phases cost.
     """
 
     network: NetworkConfig
@@ -155,6 +168,7 @@ class Job:
     folder: RunFolder
     machine: Machine
     exclude: Sequence[str] = ()
+    ledger: Ledger | None = None
 
     def build(self) -> nn.Module:
         """The whole network with fresh weights."""
@@ -170,6 +184,18 @@ class Job:
         if self.network.model not in models.names():
             _check_logits(self.network.model, model, self.example(), self.data.num_classes)
         return model
+
+    def about(self) -> dict[str, Any]:
+        """The network as a `dmcp.Structure` names it: without the folder of a model's file, so that
+        it means the same elsewhere."""
+        name, data = self.network.model, self.data
+        options = network_options(name, self.network.model_options, data.channels, data.image_size)
+        return {
+            "model": Path(name).name if models.is_file(name) else name,
+            "model_kwargs": options,
+            "image": (data.channels, data.image_size, data.image_size),
+            "classes": data.num_classes,
+        }
 
     def fresh(self, widths: Mapping[str, int]) -> nn.Module:
         """The network of these widths with fresh weights, drawn for these widths."""
@@ -215,7 +241,10 @@ class Job:
         barrier(world)
         if not world.is_main:
             self.folder.open(config, write=False)
-        return (self.folder.path / "results.json").exists()
+        finished = (self.folder.path / "results.json").exists()
+        if self.ledger is not None and not finished:
+            self.ledger.begin()
+        return finished
 
     def check_parts(self, *stages: SearchOptions | TrainOptions) -> None:
         """Refuse parts of a batch that are too small, before anything is written."""
@@ -227,12 +256,11 @@ class Job:
         """The main process's recorder, None in the others."""
         if not self.machine.world.is_main:
             return contextlib.nullcontext()
-        watcher = self.machine.watcher
-        return Recorder(self.folder.path, watcher.record if watcher else None)
+        return Recorder(self.folder.path, self.folder.config())
 
     def run(
         self,
-        stage: Stage,
+        stage: Search | Training | DistilledTraining,
         phase: str,
         model: nn.Module,
         recorder: Recorder | None = None,
@@ -242,9 +270,17 @@ class Job:
         machine = self.machine
         if self.network.sync_bn:
             synchronise_batch_norm(model, machine.world)
+        search = stage if isinstance(stage, Search) else None
+        watch = SearchWatch(search) if search else None
         if machine.watcher:
-            bounds = stage.targets.by_metric() if isinstance(stage, Search) else {}
-            machine.watcher.begin(phase, stage.steps, bounds)
+            bounds = search.targets.by_metric() if search else {}
+            machine.watcher.begin(phase, stage.steps, self.network.batch_size, bounds)
+
+        def hear(record: Record) -> None:
+            for follower in (machine.watcher, watch):
+                if follower is not None:
+                    follower.record(record)
+
         seconds = run(
             stage,
             lambda start: self._stream(stage.steps, start, holdout),
@@ -253,9 +289,16 @@ class Job:
             checkpoint_every=machine.checkpoint_every,
             log_every=machine.log_every,
             recorder=recorder,
+            snapshot=search.snapshot if search else None,
             on_step=machine.watcher.step if machine.watcher else None,
+            on_record=hear,
             world=machine.world,
         )
+        if self.ledger is not None:
+            images = stage.passes * self.network.batch_size
+            warned = watch.warned.values() if watch else ()
+            spent = Spent(images, images, seconds)
+            self.ledger.record(phase, stage.step_index, spent, warned)
         restore_batch_norm(model)
         return seconds
 
@@ -329,6 +372,9 @@ class Job:
         whole = replace(self.machine.world, rank=0, size=1)
         batches = min(steps, _RECALIBRATION_BATCHES)
         recalibrate_batch_norm(small, self._batches(self.data.train, batches, 0, whole))
+        if self.ledger is not None:
+            images = batches * self.network.batch_size
+            self.ledger.charge(name, images * self.machine.world.size)
         return small, seconds
 
     def _stream(

@@ -84,6 +84,11 @@ class DistilledTraining:
             "teacher_loss": teacher_loss,
         }
 
+    @property
+    def passes(self) -> int:
+        """Networks that every image has gone through so far, forward and backward."""
+        return 2 * self.step_index
+
     def state_dict(self) -> dict[str, Any]:
         """Everything the following steps depend on."""
         return {

@@ -63,6 +63,11 @@ class SearchOptions:
     precision: Precision = "float32"
     micro_batches: int = 1
 
+    @property
+    def sandwich(self) -> int:
+        """Sub-networks of a sandwich step: the widest, the narrowest and the random ones."""
+        return 2 + self.random_subnets
+
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup must lie in [0, 1), got {self.warmup!r}")

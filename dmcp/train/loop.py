@@ -14,7 +14,11 @@ from torch import Tensor
 from dmcp.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from dmcp.train import checkpoint as checkpoint_file
 from dmcp.train.distributed import World, all_gather, all_reduce_sum, barrier
-from dmcp.train.recorder import Recorder
+from dmcp.train.readback import Snapshot
+from dmcp.train.recorder import Record, Recorder
+
+SNAPSHOTS = 200
+"""Of the chains of a stage, at most: enough to see them move, and files that stay small."""
 
 
 class Stage(Protocol):
@@ -54,7 +58,9 @@ def run(
     checkpoint_every: int = 1000,
     log_every: int = 10,
     recorder: Recorder | None = None,
+    snapshot: Callable[[], Snapshot] | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_record: Callable[[Record], None] | None = None,
     world: World | None = None,
 ) -> float:
     """Run ``stage`` to its last step, from ``checkpoint`` if that file exists.
@@ -74,8 +80,13 @@ def run(
         checkpoint_every: steps between checkpoints; one is saved at the end in any case.
         log_every: steps between records.
         recorder: where records go.
+        snapshot: takes a picture of the stage's chains, without waiting for the device. It is
+            called every ``steps / 200`` steps and at the end; what it gives is recorded later,
+            where the loop waits anyway.
         on_step: called with the number of steps done, at the start and after each step; must not
             read from the device.
+        on_record: called with every record, where there is a recorder; first with those that it
+            has kept of the steps before.
         world: the processes of the run.
 
     Returns:
@@ -97,13 +108,19 @@ def run(
         seconds = _resume(stage, phase, checkpoint, world)
     if not world.is_main:
         recorder = None
+    hear = on_record or (lambda record: None)
     if recorder is not None:
-        recorder.begin(phase, stage.step_index)
+        for record in recorder.begin(phase, stage.step_index):
+            hear(record)
     if on_step is not None:
         on_step(stage.step_index)
     if stage.step_index >= stage.steps:
         return seconds
 
+    if recorder is None:
+        snapshot = None
+    snapshot_every = math.ceil(stage.steps / SNAPSHOTS)
+    snapshots: list[tuple[int, Snapshot]] = []
     begun = time.perf_counter() - seconds
     stream = iter(stream_from(stage.step_index))
     while stage.step_index < stage.steps:
@@ -115,14 +132,20 @@ def run(
         if on_step is not None:
             on_step(step)
         at_end = step >= stage.steps
+        if snapshot is not None and (at_end or step % snapshot_every == 0):
+            snapshots.append((step, snapshot()))
         logs = at_end or step % log_every == 0
         saves = checkpoint is not None and (at_end or step % checkpoint_every == 0)
         if not (logs or saves):
             continue
         values = _read_back(metrics, world)
         _check_finite(values, phase, step)
-        if logs and recorder is not None:
-            recorder.record(phase, step, values)
+        if recorder is not None:
+            for taken_at, chains in snapshots:
+                hear(recorder.chains(phase, taken_at, chains))
+            snapshots.clear()
+            if logs:
+                hear(recorder.record(phase, step, values))
         # After the record: a kill between the two repeats the record, and loses none.
         if saves and checkpoint is not None:
             _check_finite_state(stage.state_dict(), phase, step, world)

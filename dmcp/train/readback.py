@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,21 @@ class HostCopy:
         if self._done is not None:
             self._done.synchronize()
         return self._copy
+
+
+class Snapshot:
+    """The chains of a moment, on their way to the host.
+
+    Args:
+        choices: searchable unit -> its widths, ascending.
+        retain: q of all groups but the bases, concatenated in the order of ``choices``: [T].
+    """
+
+    def __init__(self, choices: Mapping[str, tuple[int, ...]], retain: Tensor) -> None:
+        self.choices = choices
+        self._copy = HostCopy(retain)
+
+    def retain(self) -> dict[str, list[float]]:
+        """Searchable unit -> retain probability of every group but the base."""
+        parts = self._copy.wait().split([len(grid) - 1 for grid in self.choices.values()])
+        return {unit: part.tolist() for unit, part in zip(self.choices, parts, strict=True)}

@@ -105,6 +105,11 @@ class Training:
         self.step_index += 1
         return {"loss": loss, "accuracy": accuracy(torch.cat(logits), labels)}
 
+    @property
+    def passes(self) -> int:
+        """Networks that every image has gone through so far, forward and backward."""
+        return self.step_index
+
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on; tensors are shared with the stage, not copied."""
         return {

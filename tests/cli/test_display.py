@@ -1,6 +1,15 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,6 +26,7 @@ from dmcp.cli.display import (
     show_rows,
     unit_shares,
 )
+from dmcp.errors import SearchWarning
 from dmcp.runs import Row
 
 ROWS = [
@@ -60,24 +70,94 @@ def test_json_and_silence(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_shows_the_loss_and_the_expected_cost(capsys):
+def record(step, **metrics):
+    return {"phase": "search", "step": step, "accuracy": 0.5, **metrics}
+
+
+def test_progress_shows_what_matters(capsys):
     with ProgressDisplay() as display:
-        display.begin("search", 4, {"macs": 273_000})
+        display.begin("search", 4, 64, {"macs": 273_000})
+        display.step(0)
         display.step(1)
-        display.record({"phase": "search", "step": 1, "loss": 2.0, "expected_macs": 286_000.0})
+        display.record(record(1, loss=2.0, expected_macs=286_000.0))
         display.step(4)
-        display.record({"phase": "search", "step": 4, "loss": 1.25, "expected_macs": 274_000.0})
-        display.begin("dmcp", 2, {})
-        display.record({"phase": "dmcp", "step": 1, "loss": 0.5})
+        display.record({"phase": "search", "step": 4, "retain": {"a": [0.99, 0.5], "b": [0.5]}})
+        display.record(record(4, loss=1.25, expected_macs=274_000.0))
+        display.begin("dmcp", 2, 64, {})
+        display.step(0)
+        display.record({**record(1, loss=0.5), "accuracy": 0.875})
         display.step(2)
     shown = capsys.readouterr()
     assert shown.out == ""
     search, training = shown.err.splitlines()
     assert "search" in search
     assert "4/4" in search
-    assert "loss 1.250  E[macs] 274K / 273K" in search
+    assert re.search(
+        r"\d[KMG]? img/s E\[macs\] 274K / 273K  loss 1.250  acc 50.0%  decided 33%", search
+    )
     assert "dmcp" in training
-    assert "loss 0.500" in training
+    assert "loss 0.500  acc 87.5%" in training
+    assert "E[" not in training + "decided"
+
+
+def test_progress_writes_few_lines_where_there_is_no_terminal(capsys):
+    with ProgressDisplay() as display:
+        display.begin("train", 500, 64, {})
+        for step in range(501):
+            display.step(step)
+            display.record(record(step, loss=1.0))
+        assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_speed_is_that_of_this_process(capsys):
+    """Steps that were done before a restart took no time now."""
+    with ProgressDisplay() as display:
+        display.begin("train", 10**9, 1, {})
+        for done in (10**9 - 2, 10**9 - 1, 10**9):
+            display.step(done)
+            time.sleep(0.01)
+    (speed,) = re.findall(r"([\d.]+) img/s", capsys.readouterr().err)
+    assert float(speed) <= 100
+
+
+def test_a_terminal_of_80_columns_is_not_broken():
+    """Rich draws on a pseudo-terminal; what has no room is cut, and every bar stays one line."""
+    main_end, other_end = os.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    program = (
+        "from dmcp.cli.display import ProgressDisplay\n"
+        "with ProgressDisplay() as display:\n"
+        "    display.begin('search', 336, 64, {'macs': 273_000})\n"
+        "    display.step(0)\n"
+        "    display.step(120)\n"
+        "    display.record({'step': 120, 'retain': {'a': [0.5]}})\n"
+        "    display.record({'step': 120, 'loss': 1.25, 'accuracy': 0.5, 'expected_macs': 3e5})\n"
+    )
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("COLUMNS", None)
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, stderr=other_end, env=environment, check=True, timeout=60)
+    os.close(other_end)
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", os.read(main_end, 1 << 16).decode())
+    os.close(main_end)
+    lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    assert all(line.lstrip().startswith("search ") for line in lines)
+    assert all(len(line) <= 80 for line in lines)
+    assert "E[macs] 300K / 273K  loss 1.2" in lines[-1]
+
+
+def test_a_search_warning_is_one_line(capsys):
+    with ProgressDisplay() as display:
+        display.begin("search", 4, 64, {})
+        for _ in range(2):  # whoever warns does it once
+            warnings.warn("[a] " + "long " * 40, SearchWarning, stacklevel=1)
+        with pytest.warns(UserWarning, match="other"):
+            warnings.warn("other", UserWarning, stacklevel=1)
+        before = warnings.showwarning
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == second == "warning: [a] " + "long " * 40
+    assert warnings.showwarning is not before
 
 
 def test_progress_says_nothing_of_what_never_began(capsys):

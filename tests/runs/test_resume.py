@@ -63,13 +63,24 @@ def results(folder: Path) -> dict[str, object]:
     found = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if (path.is_file() and path.relative_to(folder).parts[0] in ("weights", "metrics.jsonl"))
-        or path.name in ("config.json", "widths.json", "search.json")
+        if (path.is_file() and path.parent.name == "weights")
+        or path.suffix == ".jsonl"
+        or path.name in ("config.json", "search.json")
     }
-    table = json.loads((folder / "results.json").read_text())
+    structure = json.loads((folder / "widths.json").read_text())
+    assert structure.pop("provenance")["seconds"] > 0
+    table, ledger = (
+        json.loads((folder / name).read_text()) for name in ("results.json", "ledger.json")
+    )
+    phases = ledger["phases"]
     for row in table["networks"]:
-        assert row.pop("seconds") > 0
-    return {**found, "results": table}
+        searched = phases["search"]["seconds"] if row["network"] == "dmcp" else 0.0
+        assert row.pop("seconds") == searched + phases[row["network"]]["seconds"] > searched
+    for phase in phases.values():
+        assert phase.pop("seconds") > 0
+    assert shlex.split(ledger.pop("command")) == ["dmcp", *SEARCH, "--output", str(folder)]
+    ledger.pop("commit", None)  # somebody may be at work on the checkout
+    return {**found, "structure": structure, "results": table, "ledger": ledger}
 
 
 def test_killed_in_every_phase(undisturbed, tmp_path):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dmcp.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from dmcp.train import Recorder, Schedule, Training, TrainOptions, World, checkpoint, run
+from dmcp.train.loop import SNAPSHOTS
+from dmcp.train.readback import Snapshot
 
 OPTIONS = TrainOptions(Schedule(0.05))
 Stream = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
@@ -99,13 +101,83 @@ def test_continues_with_the_same_bits_and_records(stage, stream, tmp_path, inter
 
 
 def test_a_finished_run_is_only_read(stage, stream, tmp_path):
-    first, again = stage(), stage()
-    run(first, stream(), phase="train", checkpoint=tmp_path / "last.pt")
-    written = (tmp_path / "last.pt").read_bytes()
-    run(again, stream(0), phase="train", checkpoint=tmp_path / "last.pt")
+    def run_in(end: int) -> Training:
+        ran = stage()
+        with Recorder(tmp_path) as recorder:
+            run(ran, stream(end), phase="train", checkpoint=tmp_path / "last.pt", recorder=recorder)
+        return ran
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    first, written = run_in(10), contents()
+    again = run_in(0)
     assert again.step_index == 10
     assert_same_bits(again.model.state_dict(), first.model.state_dict())
-    assert (tmp_path / "last.pt").read_bytes() == written
+    assert contents() == written
+
+
+class Counting:
+    """A stage with a chain of one group, whose q falls from step to step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.step_index = 0
+
+    def step(self) -> dict[str, Tensor]:
+        self.step_index += 1
+        return {"loss": torch.tensor(1.0)}
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot({"unit": (1, 2)}, torch.tensor([1 / self.step_index]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_index": self.step_index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_index = state["step_index"]
+
+
+def count(folder: Path, steps: int, end: int | None = None, **options: Any) -> list[dict[str, Any]]:
+    """Run a `Counting`, or a part of it, and return the records heard on the way."""
+    stage, heard = Counting(steps), []
+    with Recorder(folder) as recorder:
+        run(
+            stage,
+            lambda start: [()] * ((end or steps) - start),
+            phase="search",
+            recorder=recorder,
+            snapshot=stage.snapshot,
+            on_record=heard.append,
+            **options,
+        )
+    return heard
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(7, [*range(1, 8)]), (401, [*range(3, 401, 3), 401])])
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_takes_snapshots_evenly_whatever_is_logged(tmp_path, steps, taken, log_every):
+    heard = count(tmp_path, steps, log_every=log_every)
+    assert len(taken) <= SNAPSHOTS + 1
+    lines = [json.loads(line) for line in (tmp_path / "chains.jsonl").open()]
+    assert [line["step"] for line in lines] == taken
+    assert [line["retain"]["unit"] for line in lines] == [
+        pytest.approx([1 / step]) for step in taken
+    ]
+    assert [record for record in heard if "retain" in record] == lines
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 5, 8])
+def test_a_resumed_run_takes_the_same_snapshots(tmp_path, interrupted_at):
+    """Records of the steps before are heard again, so that whoever listens knows all of them."""
+    options = {"log_every": 2, "checkpoint_every": 3}
+    whole = count(tmp_path / "whole", 10, checkpoint=tmp_path / "whole.pt", **options)
+    with pytest.raises(DataError):
+        count(tmp_path / "cut", 10, interrupted_at, checkpoint=tmp_path / "cut.pt", **options)
+    heard = count(tmp_path / "cut", 10, checkpoint=tmp_path / "cut.pt", **options)
+    for name in ("metrics.jsonl", "chains.jsonl"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert sorted(heard, key=str) == sorted(whole, key=str)
 
 
 @pytest.mark.parametrize("poisoned", [4, 5, 6])
