@@ -23,7 +23,9 @@ from dmcp.recipes import Recipe
 from dmcp.report import DENSE
 from dmcp.runs import Machine, RunFolder
 from dmcp.runs.job import Job, open_network_data
+from dmcp.runs.ledger import commit
 from dmcp.search import Budget
+from dmcp.structure import Provenance, Structure, installed
 from dmcp.train import Training, World
 
 _RESULT = "result.json"
@@ -222,6 +224,8 @@ class Find:
                 folder.write_json(f"search-{budget}.json", dict(each.chains))
             if "B" in bench.config.tracks:
                 folder.write_weights(budget, _inherited(lab, each, found[budget]))
+            structure = _structure(bench.job, lab, budget, each)
+            structure.save(folder.path / f"widths-{budget}.json")
         folder.write_json("found.json", found)
 
 
@@ -294,6 +298,27 @@ def _record(lab: Lab, budget: str, pruned: Pruned) -> dict[str, Any]:
         "inherited": asdict(Spent()),
         "details": dict(pruned.details),
     }
+
+
+def _structure(job: Job, lab: Lab, budget: str, pruned: Pruned) -> Structure:
+    """What a method found for a budget, as a file that `dmcp train` takes."""
+    spent = lab.spent_on(budget)
+    provenance = Provenance(
+        versions=installed(),
+        seed=job.network.seed,
+        commit=commit(),
+        seconds=spent.seconds,
+        images_forward=spent.forward,
+        images_backward=spent.backward,
+    )
+    return Structure.of(
+        job.graph,
+        None if pruned.kept else pruned.widths,
+        kept=pruned.kept,
+        budget=lab.targets[budget].by_metric(),
+        provenance=provenance,
+        **job.about(),
+    )
 
 
 def _inherited(lab: Lab, pruned: Pruned, record: dict[str, Any]) -> nn.Module:

@@ -115,8 +115,9 @@ class SearchConfig:
 
 def to_json(config: TrainConfig | SearchConfig) -> dict[str, Any]:
     """The configuration as plain JSON data."""
-    kind = "search" if isinstance(config, SearchConfig) else "train"
-    return {"kind": kind, **asdict(config)}
+    if isinstance(config, TrainConfig):
+        return {"kind": "train", **asdict(config)}
+    return {"kind": "search", **asdict(config), "budget": config.budget.to_json()}
 
 
 def check_epochs(**epochs: int) -> None:

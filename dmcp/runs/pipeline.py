@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+from torch import nn
 
 from dmcp import models
+from dmcp.cost import TABLE, LatencyTable
 from dmcp.errors import CheckpointError, ConfigError
-from dmcp.graph import check_widths, trace
+from dmcp.graph import trace
 from dmcp.methods import uniform_widths
 from dmcp.runs.config import NetworkConfig, SearchConfig, TrainConfig, to_json
 from dmcp.runs.folder import RunFolder
 from dmcp.runs.job import Job, Machine, Row, open_network_data
+from dmcp.runs.ledger import Ledger
 from dmcp.search import MarkovNet, Search
+from dmcp.structure import Importer, Provenance, Structure
 from dmcp.train import Training
 
 
@@ -28,7 +33,8 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
         DivergenceError: a loss became NaN or infinite.
     """
     data = open_network_data(config.network)
-    job = Job(config.network, data, folder, machine)
+    ledger = Ledger(folder, machine.world, machine.command)
+    job = Job(config.network, data, folder, machine, ledger=ledger)
     model = job.build()
     graph = trace(model, job.example(), exclude=config.exclude)
     grid = (config.groups, config.divisor, config.min_width)
@@ -45,6 +51,9 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
     job.check_parts(config.search, config.train)
     if job.open(to_json(config), holdout):
         return _finished(folder)[0]
+    table = config.budget.latency_table
+    if machine.world.is_main and isinstance(table, LatencyTable):
+        folder.write_json(TABLE, table.to_json())  # the run's own: what is measured later differs
     with job.recorder() as recorder:
         search_seconds = job.run(stage, "search", net.model, recorder, holdout)
         widths = stage.expected_widths()
@@ -53,7 +62,9 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
             structures["uniform"] = uniform_widths(job.graph, stage.targets)
             structures = {"dense": net.graph.widths(), **structures}
         if machine.world.is_main:
-            folder.write_json("widths.json", {"widths": widths})
+            budget = stage.targets.by_metric()
+            about = {"budget": budget, "provenance": _provenance(job, "search"), **job.about()}
+            Structure.of(job.graph, widths, **about).save(folder.path / "widths.json")
             folder.write_json("search.json", stage.describe())
         rows = []
         for name, structure in structures.items():
@@ -64,15 +75,30 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
     return rows
 
 
-def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[Row]:
+def run_train(
+    config: TrainConfig,
+    folder: RunFolder,
+    machine: Machine,
+    structure: Importer | None = None,
+) -> list[Row]:
     """Train a network, whole or pruned to given widths, and evaluate it; resumable.
+
+    Args:
+        config: what is asked for.
+        folder: of the run.
+        machine: where it computes.
+        structure: gives the structure for the traced network, instead of ``config.widths``.
 
     Raises:
         DmcpError: as for `run_search`.
     """
     data = open_network_data(config.network)
-    job = Job(config.network, data, folder, machine)
-    widths = check_widths(job.graph.units, config.widths or {})
+    ledger = Ledger(folder, machine.world, machine.command)
+    job = Job(config.network, data, folder, machine, ledger=ledger)
+    found = structure(job.graph) if structure else Structure.of(job.graph, config.widths or {})
+    widths = dict(found.widths)
+    if structure is not None:
+        config = replace(config, widths=widths)
     steps = job.steps(config.epochs)
     job.check_parts(config.options)
     if job.open(to_json(config)):
@@ -80,7 +106,7 @@ def run_train(config: TrainConfig, folder: RunFolder, machine: Machine) -> list[
     with job.recorder() as recorder:
         name = "dense" if widths == job.graph.widths() else "pruned"
         if machine.world.is_main:
-            folder.write_json("widths.json", {"widths": widths})
+            replace(found, kept=None, **job.about()).save(folder.path / "widths.json")
         small = job.fresh(widths)
         job.check_macs(name, small, widths)
         stage = Training(small, config.options, steps, machine.world)
@@ -106,28 +132,80 @@ def run_eval(
         CheckpointError: the folder holds no such run or network.
         ConfigError: ``model`` is needed.
     """
-    rows, structures = _finished(folder)
-    trained = {row.network: row.seconds for row in rows}
-    if network is not None and network not in trained:
-        raise CheckpointError(f"{folder.path} trained {', '.join(trained)}, not {network!r}")
-    try:
-        settings = NetworkConfig(**folder.config()["network"])
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{folder.path / 'config.json'} is not that of a run") from None
-    if model is not None:
-        settings = replace(settings, model=model)
-    elif models.is_file(settings.model):
-        raise ConfigError(
-            f"the model of {folder.path} is code in a file, which runs only if you name it: "
-            f"model {settings.model!r}"
-        )
-    job = Job(settings, open_network_data(settings), folder, machine)
+    trained = Trained.open(folder, machine, network, model)
     evaluated = []
-    for name in [network] if network else trained:
-        small = job.extract(job.graph.model, structures[name])
-        folder.read_weights(name, small)
-        evaluated.append(job.judge(name, small, structures[name], trained[name], save=False))
+    for row in trained.rows:
+        name, widths = row.network, trained.widths[row.network]
+        small = trained.load(name)
+        evaluated.append(trained.job.judge(name, small, widths, row.seconds, save=False))
     return evaluated
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The networks of a finished run.
+
+    Attributes:
+        job: the run's.
+        rows: its table, of the networks that were asked for.
+        widths: of each of its networks.
+    """
+
+    job: Job
+    rows: list[Row]
+    widths: dict[str, dict[str, int]]
+
+    @classmethod
+    def open(
+        cls,
+        folder: RunFolder,
+        machine: Machine,
+        network: str | None = None,
+        model: str | None = None,
+    ) -> Trained:
+        """Read the table of a finished run; arguments and errors are those of `run_eval`."""
+        rows, widths = _finished(folder)
+        if network is not None and network not in widths:
+            raise CheckpointError(f"{folder.path} trained {', '.join(widths)}, not {network!r}")
+        try:
+            settings = NetworkConfig(**folder.config()["network"])
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{folder.path / 'config.json'} is not that of a run") from None
+        if model is not None:
+            settings = replace(settings, model=model)
+        elif models.is_file(settings.model):
+            raise ConfigError(
+                f"the model of {folder.path} is code in a file, which runs only if you name it: "
+                f"model {settings.model!r}"
+            )
+        job = Job(settings, open_network_data(settings), folder, machine)
+        return cls(job, [row for row in rows if network in (None, row.network)], widths)
+
+    def load(self, network: str) -> nn.Module:
+        """One of the networks with its trained weights.
+
+        Raises:
+            CheckpointError: its weights are missing or do not fit.
+        """
+        small = self.job.extract(self.job.graph.model, self.widths[network])
+        self.job.folder.read_weights(network, small)
+        return small
+
+
+def _provenance(job: Job, phase: str) -> Provenance:
+    """Where a structure was found: what the run's ledger says of a phase."""
+    ledger = job.folder.read_json("ledger.json")
+    spent = ledger["phases"][phase]
+    return Provenance(
+        versions=ledger["versions"],
+        seed=job.network.seed,
+        commit=ledger.get("commit"),
+        command=ledger["command"],
+        device=ledger["device"],
+        seconds=spent["seconds"],
+        images_forward=spent["images_forward"],
+        images_backward=spent["images_backward"],
+    )
 
 
 def _finished(folder: RunFolder) -> tuple[list[Row], dict[str, dict[str, int]]]:

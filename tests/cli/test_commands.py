@@ -210,7 +210,7 @@ def test_train_a_published_structure(tmp_path, capfd):
     assert config["network"]["model"] == "mobilenet_v2"
     assert config["network"]["model_options"] == {"width": 1.5}
     assert config["options"]["lr"]["peak"] == 0.8
-    assert config["widths"] == dict(dmcp.structures["mobilenet_v2-59M"].widths)
+    assert config["widths"] == {**dmcp.structures["mobilenet_v2-59M"].widths, "fc": 10}
 
 
 @pytest.mark.parametrize("command", ["train --output run", "inspect"])
@@ -225,7 +225,7 @@ def test_train_a_published_structure(tmp_path, capfd):
         ("--widths mobilenet_v2-59M --width 1.0", "--width is 1.0, but structure"),
         ("--widths resnet50-1G", "must be a widths.json or one of resnet50-2.8G, "),
         ("--widths resnet50-1G", "got 'resnet50-1G': there is no such file"),
-        ("--widths .", "Is a directory"),
+        ("--widths .", "cannot be read: Is a directory"),
     ],
 )
 def test_widths_that_are_no_structure_are_one_line(
@@ -448,11 +448,12 @@ def test_an_output_that_cannot_be_is_one_line(tmp_path, capfd):
     "content",
     [b"", b"[]", b'{"widths": 3}', b'{"units": {}}', b"\xff\xfe\x00", b'{"widths": {'],
 )
-def test_bad_widths_are_one_line(tmp_path, capfd, content):
+def test_a_file_of_no_structure_is_one_line(tmp_path, capfd, content):
     path = tmp_path / "widths.json"
     path.write_bytes(content)
     command = ["train", *TINY[:-2], "--widths", str(path), "--output", str(tmp_path / "run")]
-    assert f"{path} is not a widths.json" in refusal(command, capfd)
+    assert refusal(command, capfd).startswith(f"dmcp: {path}: ")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("width", [0, 9, 1.5, True, "4", None])

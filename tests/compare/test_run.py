@@ -21,6 +21,7 @@ from dmcp.compare.tasks import Find, Pretrain, Retrain, do
 from dmcp.errors import BudgetError, CheckpointError, ConfigError
 from dmcp.models import build
 from dmcp.report import DENSE
+from dmcp.structure import Structure
 
 
 def structure_of(widths):
@@ -45,6 +46,10 @@ def test_every_track_gives_a_network_of_the_found_widths_inside_the_budget(confi
         assert record.macs >= 0.97 * macs.of({}) // 2
         found = json.loads((place.folder / f"methods/{record.method}-0/found.json").read_text())
         assert record.widths == found["50%"]["widths"]
+        file = place.folder / f"methods/{record.method}-0/widths-50%.json"
+        structure = Structure.load(file).on(graph)
+        assert structure.widths == record.widths
+        assert structure.metrics["macs"] == record.macs
         task = Retrain(record.method, 0, "50%", record.track)
         weights = safetensors.torch.load_file(
             task.folder(place.folder) / "weights" / "network.safetensors"

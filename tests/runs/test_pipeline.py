@@ -19,6 +19,7 @@ from dmcp.errors import BudgetError, CheckpointError, ConfigError, DataError, Di
 from dmcp.models import build
 from dmcp.runs import Machine, RunFolder, TrainConfig, run_eval, run_search, run_train
 from dmcp.search import Budget
+from dmcp.structure import Structure
 from dmcp.train import Schedule, World
 from dmcp.train.checkpoint import load
 
@@ -85,11 +86,14 @@ def test_metrics_follow_the_two_stages(finished):
 
 def test_tensorboard_holds_the_metrics(finished):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(finished.folder.path / "tensorboard" / "search"))
+    folder = str(finished.folder.path / "tensorboard" / "search")
+    events = accumulator.EventAccumulator(folder, {"histograms": 0, "images": 0, "scalars": 0})
     events.Reload()
     written = {event.step: event.value for event in events.Scalars("loss")}
     expected = {r["step"]: r["loss"] for r in records(finished.folder, "search")}
     assert written == pytest.approx(expected)
+    assert [event.step for event in events.Histograms("q/layer4.0.conv1")] == [*expected]
+    assert [event.step for event in events.Images("expected_widths")] == [*expected]
 
 
 def test_costs_are_those_of_the_saved_networks(finished):
@@ -107,6 +111,22 @@ def test_costs_are_those_of_the_saved_networks(finished):
     assert widths == structure_of(by_name["dmcp"], finished.folder)
 
 
+def test_widths_json_says_what_the_structure_is_and_where_it_is_from(finished):
+    structure = Structure.load(finished.folder.path / "widths.json")
+    dense, dmcp_row, _ = finished.rows
+    assert structure.metrics == {"macs": dmcp_row.macs, "params": dmcp_row.params}
+    assert structure.budget == {"macs": dense.macs // 2}
+    model = build(structure.model, structure.classes, **structure.model_kwargs)
+    graph = dmcp.trace(model, torch.zeros(1, *structure.image))
+    assert structure.on(graph) == structure
+    ledger = finished.folder.read_json("ledger.json")
+    spent, found = ledger["phases"]["search"], structure.provenance
+    for name in ("images_forward", "images_backward", "seconds"):
+        assert getattr(found, name) == spent[name] > 0
+    assert (found.seed, found.device) == (finished.config.network.seed, ledger["device"])
+    assert found.versions == ledger["versions"]
+
+
 def test_search_json_describes_the_chains(finished):
     found = finished.folder.read_json("search.json")
     widths = finished.folder.read_json("widths.json")["widths"]
@@ -119,6 +139,43 @@ def test_search_json_describes_the_chains(finished):
         assert len(retain) == len(found["choices"][unit]) - 1
         assert all(0 < q < 1 for q in retain)
         assert retain == sorted(retain, reverse=True)
+
+
+def test_chains_are_recorded_on_their_way(finished):
+    lines = (finished.folder.path / "chains.jsonl").read_text().splitlines()
+    snapshots = [json.loads(line) for line in lines]
+    assert [(each["phase"], each["step"]) for each in snapshots] == [
+        ("search", step) for step in range(1, 11)
+    ]
+    found = finished.folder.read_json("search.json")["retain"]
+    assert snapshots[-1]["retain"] == found
+    assert [list(each["retain"]) for each in snapshots] == [list(found)] * 10
+    start = finished.config.search.start
+    for q in snapshots[4]["retain"].values():
+        assert q == pytest.approx([start**k for k in range(1, len(q) + 1)])
+    assert snapshots[5]["retain"] != snapshots[4]["retain"]
+
+
+def test_the_ledger_says_what_the_run_has_cost(finished):
+    """A step of the search takes its batch through four networks, and through a fifth after the
+    warm-up."""
+    ledger = finished.folder.read_json("ledger.json")
+    images = {
+        name: (phase["steps"], phase["images_forward"], phase["images_backward"])
+        for name, phase in ledger["phases"].items()
+    }
+    searched = (10 * 4 + 5) * 256
+    assert images == {
+        "search": (10, searched, searched),
+        **dict.fromkeys(("dense", "dmcp", "uniform"), (5, 5 * 256, 5 * 256)),
+    }
+    seconds = {name: phase["seconds"] for name, phase in ledger["phases"].items()}
+    seconds["dmcp"] += seconds.pop("search")
+    assert seconds == {row.network: row.seconds for row in finished.rows}
+    (warning,) = ledger["warnings"]
+    assert "above the budget at the end of the search" in warning
+    assert ledger["versions"]["torch"] == torch.__version__
+    assert ledger["command"] is None, "nobody typed one"
 
 
 def test_eval_gives_the_same_numbers(finished, machine, contents):
@@ -155,6 +212,12 @@ def test_a_finished_run_is_only_read(finished, machine, contents):
     assert contents(finished.folder.path) == before
 
 
+def timeless(folder: RunFolder) -> Structure:
+    """The structure in a folder, without what differs from run to run."""
+    structure = Structure.load(folder.path / "widths.json")
+    return replace(structure, provenance=replace(structure.provenance, seconds=None))
+
+
 def test_the_same_search_twice_gives_the_same_bits(finished, machine, tmp_path):
     """Also where checkpoints and records are as rare as can be."""
     rare = replace(machine, checkpoint_every=1000, log_every=1000)
@@ -163,7 +226,8 @@ def test_the_same_search_twice_gives_the_same_bits(finished, machine, tmp_path):
     assert [(row.network, row.top1) for row in rows] == [
         (row.network, row.top1) for row in finished.rows
     ]
-    for name in ("widths.json", "search.json", "weights/dense.safetensors"):
+    assert timeless(again) == timeless(finished.folder)
+    for name in ("search.json", "weights/dense.safetensors"):
         assert (again.path / name).read_bytes() == (finished.folder.path / name).read_bytes()
     assert len(records(again, "search")) == 1
 
@@ -197,6 +261,8 @@ def test_retrain_modes(configure, finished, machine, tmp_path, retrain):
         assert {"teacher_loss"} == set(first["uniform"]) - set(fresh["uniform"])
         tracked = rebuild(folder, rows[1])[0].bn1.num_batches_tracked
         assert tracked == 5, "the statistics of the structure were measured on every batch"
+        spent = folder.read_json("ledger.json")["phases"]["uniform"]
+        assert (spent["images_forward"], spent["images_backward"]) == (15 * 256, 10 * 256)
 
 
 def test_two_bounds_and_held_out_architecture_steps(configure, machine, tmp_path):
@@ -320,8 +386,8 @@ class Listener:
     def __init__(self):
         self.phases, self.steps, self.records = [], [], []
 
-    def begin(self, phase, steps, bounds):
-        self.phases.append((phase, steps, dict(bounds)))
+    def begin(self, phase, steps, batch_size, bounds):
+        self.phases.append((phase, steps, batch_size, dict(bounds)))
 
     def step(self, done):
         self.steps.append(done)
@@ -334,11 +400,13 @@ def test_a_watcher_sees_every_phase(configure, machine, tmp_path):
     listener = Listener()
     config = configure(search_epochs=1, baselines=False)
     run_search(config, RunFolder(tmp_path / "run"), replace(machine, watcher=listener))
-    (search, steps, bounds), dmcp_phase = listener.phases
-    assert (search, steps, set(bounds)) == ("search", 5, {"macs"})
-    assert dmcp_phase == ("dmcp", 5, {})
+    (search, steps, batch_size, bounds), dmcp_phase = listener.phases
+    assert (search, steps, batch_size, set(bounds)) == ("search", 5, 256, {"macs"})
+    assert dmcp_phase == ("dmcp", 5, 256, {})
     assert listener.steps == [0, 1, 2, 3, 4, 5] * 2
-    assert [record["step"] for record in listener.records] == [1, 2, 3, 4, 5] * 2
+    chains = [record["step"] for record in listener.records if "retain" in record]
+    metrics = [record["step"] for record in listener.records if "loss" in record]
+    assert (chains, metrics) == ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5] * 2)
 
 
 def test_two_processes(finished, contents, tmp_path):
@@ -367,6 +435,12 @@ def test_two_processes(finished, contents, tmp_path):
     assert set(contents(folder.path)) - set(contents(finished.folder.path)) == {
         str(p.relative_to(folder.path)) for p in (folder.path / "tensorboard").rglob("events*")
     }
+    assert "budget" not in done.stderr, "warnings are not for whom reads JSON"
+    ledger = folder.read_json("ledger.json")
+    assert "above the budget" in ledger["warnings"][0]
+    assert shlex.split(ledger["command"]) == ["torchrun", *command[3:], str(folder.path)]
+    assert ledger["device"].startswith("2 × ")
+    assert ledger["phases"]["search"]["images_forward"] == (10 * 4 + 5) * 256
     rows = run_eval(folder, Machine(World.single()))
     assert [row.network for row in rows] == ["dense", "dmcp", "uniform"]
     for row, saved in zip(rows, folder.read_json("results.json")["networks"], strict=True):

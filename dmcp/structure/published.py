@@ -2,7 +2,7 @@
 
     structure = dmcp.structures["mobilenet_v2-300M"]
     model = build(structure.model, **structure.model_kwargs)
-    small = dmcp.extract(dmcp.trace(model, torch.zeros(1, 3, 224, 224)), structure.widths)
+    small = structure.extract(dmcp.trace(model, torch.zeros(1, 3, 224, 224)))
 
 The tables need three repairs, each in the note of its structure. Table 8 leaves `conv_last` out,
 so each structure takes a value that meets its budget. Its 59M column feeds a 12-channel stream into
@@ -12,28 +12,9 @@ a convolution of 16 channels. Its 97M column exceeds 97M whatever `conv_last` is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 from dmcp.errors import UnknownNameError
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The widths of one pruned network.
-
-    Attributes:
-        model: name of the network they prune, as `dmcp.models.build` takes it.
-        model_kwargs: its arguments.
-        widths: channels of every channel unit, by the unit's name.
-        note: where the structure is from, its MACs at 224², and what was corrected.
-    """
-
-    model: str
-    model_kwargs: Mapping[str, Any]
-    widths: Mapping[str, int]
-    note: str
+from dmcp.structure.structure import Structure
 
 
 class Structures(Mapping[str, Structure]):
@@ -91,7 +72,7 @@ def _resnet50(
 
 
 def _structure(model: str, width: float, widths: dict[str, int], note: str) -> Structure:
-    return Structure(model, MappingProxyType({"width": width}), MappingProxyType(widths), note)
+    return Structure(widths, model=model, model_kwargs={"width": width}, note=note)
 
 
 def _mobilenet_v2_97m(third_of_stage_5: int, last: int, note: str) -> Structure:

@@ -1,0 +1,64 @@
+"""What ``--widths`` names: a published structure, or a file of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dmcp import models
+from dmcp.errors import ConfigError
+from dmcp.structure import Importer, Structure, open_structure, structures
+
+FORMS = (
+    "widths.json of a run, a published structure's name, or a file of DMCP's code (.npy), MMRazor, "
+    "AutoSlim or Torch-Pruning"
+)
+
+
+def structure_of(
+    widths: str | None, options: dict[str, Any]
+) -> tuple[Importer | None, dict[str, Any]]:
+    """What gives the structure for a traced network, and the options with the network it prunes.
+
+    The options get ``image`` and ``classes`` as well where the structure names them.
+
+    Raises:
+        ConfigError: there is no such structure, or it prunes another network than is asked for.
+    """
+    if widths is None:
+        return None, options
+    opened = structures[widths] if widths in structures else _open(widths)
+    if not isinstance(opened, Structure):
+        return opened, options
+    return opened.on, {**options, **_pruned(widths, opened, options)}
+
+
+def _open(widths: str) -> Structure | Importer:
+    path = Path(widths)
+    if not path.exists() and "#" not in widths:
+        raise ConfigError(
+            f"--widths must be a widths.json or one of {', '.join(structures)}, "
+            f"got {widths!r}: there is no such file"
+        )
+    return open_structure(path)
+
+
+def _pruned(widths: str, structure: Structure, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a structure decides."""
+    model = structure.model
+    if model is None:
+        return {}
+    if models.is_file(model):
+        if options["model"] is None:
+            raise ConfigError(
+                f"structure {widths!r} prunes a network in a file, {model}: name it with --model"
+            )
+        return {"image": structure.image, "classes": structure.classes}
+    width = structure.model_kwargs.get("width", 1.0 if model in models.names() else None)
+    for name, value in {"model": model, "width": width}.items():
+        if options[name] not in (None, value):
+            raise ConfigError(
+                f"--{name} is {options[name]!r}, but structure {widths!r} prunes a network whose "
+                f"{name} is {value!r}"
+            )
+    return {"model": model, "width": width, "image": structure.image, "classes": structure.classes}

@@ -1,0 +1,47 @@
+"""What makes a structure of one network meaningless in another, as a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmcp.graph import ChannelGraph
+from dmcp.graph.tensors import tensor_of
+from dmcp.graph.units import FIXED, AxisMap
+
+
+def graph_hash(graph: ChannelGraph) -> str:
+    """``"sha256:…"`` of the units and of the tensor axes they decide.
+
+    It covers every unit's name, channels and step, every parameter and buffer's name and shape, and
+    which channel of which unit each position of its dimensions carries. It does not depend on
+    weights, devices, dtypes or Python objects, on the order in which modules are registered, on the
+    widths that a search may choose from, or on where the model's code lies.
+    """
+    names = [unit.name for unit in graph.units]
+    # By the rank of its name, so that the order in which units were found does not matter.
+    ranks = np.empty(len(names) + 1, dtype=np.int64)
+    ranks[np.argsort(names)] = np.arange(len(names))
+    ranks[FIXED] = FIXED
+    tensors = [
+        [
+            name,
+            list(tensor_of(graph.model, name).shape),
+            [None if axis is None else _axis(axis, ranks) for axis in axes],
+            [dim for dim in range(len(axes)) if (name, dim) in graph.consumed],
+        ]
+        for name, axes in sorted(graph.tensors.items())
+    ]
+    units = sorted((unit.name, unit.channels, unit.step) for unit in graph.units)
+    text = json.dumps({"units": units, "tensors": tensors}, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _axis(axis: AxisMap, ranks: NDArray[np.int64]) -> Sequence[str]:
+    """Hashes of each position's unit and of its step inside that."""
+    units, index = ranks[axis.unit.cpu().numpy()], axis.index.cpu().numpy()
+    return [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest() for part in (units, index)]
