@@ -12,11 +12,13 @@ from dmcp.errors import (
     DivergenceError,
     DmcpError,
     SamplingError,
+    SearchWarning,
     TraceError,
 )
-from dmcp.graph import ChannelGraph, ChannelUnit, Member, extract, trace
-from dmcp.models.structures import structures
+from dmcp.graph import ChannelGraph, ChannelUnit, Member, extract, hand_over, trace
+from dmcp.integrations import LoopSearch
 from dmcp.search import Budget, MarkovNet, Samples, Search, SearchOptions
+from dmcp.structure import Structure, structures
 
 __all__ = [
     "Budget",
@@ -29,16 +31,20 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "DmcpError",
+    "LoopSearch",
     "MarkovNet",
     "Member",
     "Samples",
     "SamplingError",
     "Search",
     "SearchOptions",
+    "SearchWarning",
+    "Structure",
     "TraceError",
     "backends",
     "cost",
     "extract",
+    "hand_over",
     "structures",
     "trace",
 ]

@@ -2,6 +2,7 @@
 
 from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, Node, Proof
 from dmcp.graph.extract import extract
+from dmcp.graph.hand_over import hand_over
 from dmcp.graph.trace import trace
 from dmcp.graph.units import ChannelUnit, Member, check_widths
 
@@ -15,5 +16,6 @@ __all__ = [
     "Proof",
     "check_widths",
     "extract",
+    "hand_over",
     "trace",
 ]

@@ -15,9 +15,15 @@ from dmcp.errors import TraceError
 
 
 def capture(
-    model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], *, training: bool
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    *,
+    training: bool,
+    dynamic_shapes: Any = None,
 ) -> torch.export.ExportedProgram:
-    """Every operator the model runs on these inputs, by ``torch.export``.
+    """Every operator the model runs on these inputs, by ``torch.export``, which is told the sizes
+    that may change (``dynamic_shapes``).
 
     Raises:
         TraceError: its control flow depends on values, or something in it cannot be followed; the
@@ -27,7 +33,9 @@ def capture(
         with in_mode(model, training=training), warnings.catch_warnings():
             # Recurrent layers hold their parameters in a list too; what else a model keeps goes.
             warnings.filterwarnings("ignore", message="The tensor attribute")
-            return torch.export.export(model, inputs, dict(keywords), strict=False)
+            return torch.export.export(
+                model, inputs, dict(keywords), dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be captured by torch.export: {_explain(error)}"

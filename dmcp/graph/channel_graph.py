@@ -90,6 +90,7 @@ class Node:
         tainted: whether a dropped channel may be other than zero in its output (a sigmoid's).
         computed: whether it reads channels of something that no mask can be folded into: a computed
             parameter, a buffer.
+        call: name of the captured call that it stands for.
     """
 
     kind: NodeKind
@@ -101,6 +102,7 @@ class Node:
     parameters: tuple[str, ...] = ()
     tainted: bool = False
     computed: bool = False
+    call: str = ""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,18 @@ def extract(
             out of range, a change of an unsearchable unit; or the model is no longer the one that
             was traced.
     """
+    return extract_steps(graph, kept_steps(graph, widths, kept))
+
+
+def kept_steps(
+    graph: ChannelGraph,
+    widths: Mapping[str, int] | None,
+    kept: Mapping[str, Tensor | Sequence[int]] | None,
+) -> dict[int, Tensor]:
+    """The arguments of `extract` as `extract_steps` takes them."""
     if (widths is None) == (kept is None):
         raise ConfigError("extract: give either widths or kept")
-    steps = _prefixes(graph, widths) if widths is not None else _subsets(graph, kept or {})
-    return extract_steps(graph, steps)
+    return _prefixes(graph, widths) if widths is not None else _subsets(graph, kept or {})
 
 
 def extract_steps(graph: ChannelGraph, steps: Mapping[int, Tensor]) -> nn.Module:
@@ -80,6 +88,8 @@ def cut(tensor: Tensor, axes: Sequence[AxisMap | None], steps: Mapping[int, Tens
             smaller = smaller.index_select(dim, positions.to(tensor.device))
     if smaller.data_ptr() == tensor.data_ptr():
         smaller = smaller.clone()
+    elif tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        smaller = smaller.contiguous(memory_format=torch.channels_last)
     if not isinstance(tensor, nn.Parameter):
         return smaller
     return nn.Parameter(smaller, requires_grad=tensor.requires_grad)

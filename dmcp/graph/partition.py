@@ -141,6 +141,7 @@ class Partition:
             flow.parameters,
             flow.tainted,
             flow.computed,
+            flow.call,
         )
 
     def _shrinking(self, slots: Slots) -> AxisMap | None:

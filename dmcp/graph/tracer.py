@@ -80,6 +80,7 @@ class Flow:
     parameters: tuple[str, ...] = ()
     tainted: bool = False
     computed: bool = False
+    call: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,9 +314,19 @@ class Tracer:
             for name in [self._stored.get(id(v.axes)) if isinstance(v, Value) else None]
         )
         parameters = () if None in stored else parameters  # one is computed: it is not all of them
-        operator = str(self.call.operator)
         self.nodes.append(
-            Flow(kind, module, sources, homogeneous, operator, firm, parameters, tainted, computed)
+            Flow(
+                kind,
+                module,
+                sources,
+                homogeneous,
+                str(self.call.operator),
+                firm,
+                parameters,
+                tainted,
+                computed,
+                self.call.node.name,
+            )
         )
         return Value(shape, known, len(self.nodes) - 1)
 

@@ -6,6 +6,7 @@ from dmcp.search.markov_net import MarkovNet
 from dmcp.search.options import SearchOptions
 from dmcp.search.sampling import Samples, draw_widths, expected_widths, sample_within
 from dmcp.search.search import Search
+from dmcp.search.watch import SearchWatch
 
 __all__ = [
     "Budget",
@@ -14,6 +15,7 @@ __all__ = [
     "Samples",
     "Search",
     "SearchOptions",
+    "SearchWatch",
     "Targets",
     "draw_widths",
     "expected_widths",

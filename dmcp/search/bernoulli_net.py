@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmcp.errors import ConfigError
 from dmcp.nn import MarkovChain
 from dmcp.ops import CostTable, ExpectedCost
 from dmcp.search.markov_net import MarkovNet
+from dmcp.search.net_costs import NetCosts
 
 
 class BernoulliChain(MarkovChain):
@@ -105,8 +107,14 @@ class BernoulliNet(MarkovNet):
             finally:
                 self._select(before)
 
-    def expected_cost(self, table: CostTable | None = None) -> ExpectedCost:
-        """See `MarkovNet.expected_cost`; ``q`` and ``scale`` are probabilities of gates here."""
+    def expected_cost(self, table: CostTable | NetCosts | None = None) -> ExpectedCost:
+        """See `MarkovNet.expected_cost`; ``q`` and ``scale`` are probabilities of gates here.
+
+        Raises:
+            ConfigError: a measured cost: the kept groups of a unit need not be the first ones.
+        """
+        if isinstance(table, NetCosts):
+            raise ConfigError("a budget of latency needs Markov chains, not Bernoulli gates")
         coefficients = (table or self._table).coefficients
         alpha = torch.cat([*self.architecture_parameters()])
         p, dropped = alpha.double().sigmoid(), (-alpha.double()).sigmoid()

@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmcp.cost import Cost, cost
+from dmcp.cost import METRICS, TABLE, Cost, LatencyTable, Metric
 from dmcp.errors import BudgetError
 from dmcp.graph import ChannelGraph
 
@@ -26,44 +28,66 @@ class Budget:
 
     Attributes:
         macs, params, memory: see `dmcp.cost`.
+        latency_ms: milliseconds, or a share of the full network's.
+        latency_table: what was measured, or the file that holds it; read at once. Without a bound
+            on the latency it counts for nothing.
+
+    Raises:
+        BudgetError: no bound, or one that is malformed.
+        ConfigError: the file is missing or holds something else.
     """
 
     macs: str | float | None = None
     params: str | float | None = None
     memory: str | float | None = None
+    latency_ms: str | float | None = None
+    latency_table: LatencyTable | str | Path = TABLE
 
     def __post_init__(self) -> None:
         if not self._bounds():
-            raise BudgetError("a budget needs at least one of macs, params, memory")
+            known = ", ".join(metric.bound for metric in METRICS.values())
+            raise BudgetError(f"a budget needs at least one of {known}")
         for metric, bound in self._bounds().items():
-            _parse(metric, bound, full=100)
+            _parse(METRICS[metric], bound, full=100)
+        if self.latency_ms is not None and not isinstance(self.latency_table, LatencyTable):
+            object.__setattr__(self, "latency_table", LatencyTable.read(self.latency_table))
 
     def _bounds(self) -> dict[str, str | float]:
-        bounds = {"macs": self.macs, "params": self.params, "memory": self.memory}
-        return {metric: bound for metric, bound in bounds.items() if bound is not None}
+        bounds = {name: getattr(self, metric.bound) for name, metric in METRICS.items()}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """The bounds as plain JSON data; of a latency table, the hash of what it holds."""
+        data = {"macs": self.macs, "params": self.params, "memory": self.memory}
+        if isinstance(self.latency_table, LatencyTable):
+            data |= {"latency_ms": self.latency_ms, "latency_table": self.latency_table.digest}
+        return data
 
     def of(self, graph: ChannelGraph) -> Targets:
         """The bounds in units of each cost, checked against what the network can reach.
 
         Raises:
             BudgetError: a bound above the full cost, or below the cost of the narrowest structure.
+            ConfigError: the latency table is of another network.
         """
         narrowest = {unit.name: unit.choices[0] for unit in graph.units}
         costs, bounds = [], []
-        for metric, bound in self._bounds().items():
-            polynomial = cost(graph, metric)
-            full, least = polynomial.of({}), polynomial.of(narrowest)
+        for name, bound in self._bounds().items():
+            metric = METRICS[name]
+            function = metric.of(graph, self.latency_table)
+            full, least = function.of({}), function.of(narrowest)
             target = _parse(metric, bound, full)
             if target > full:
                 raise BudgetError(
-                    f"budget {metric}={bound!r} is {target:,}, above the full network's {full:,}"
+                    f"budget {metric.bound}={bound!r} is {_text(target)}, above the full network's "
+                    f"{_text(full)}"
                 )
             if target < least:
                 raise BudgetError(
-                    f"budget {metric}={bound!r} is {target:,}, below the narrowest network's "
-                    f"{least:,}"
+                    f"budget {metric.bound}={bound!r} is {_text(target)}, below the narrowest "
+                    f"network's {_text(least)}"
                 )
-            costs.append(polynomial)
+            costs.append(function)
             bounds.append(target)
         return Targets(tuple(costs), tuple(bounds))
 
@@ -78,9 +102,9 @@ class Targets:
     """
 
     costs: tuple[Cost, ...]
-    bounds: tuple[int, ...]
+    bounds: tuple[float, ...]
 
-    def by_metric(self) -> dict[str, int]:
+    def by_metric(self) -> dict[str, float]:
         """Metric -> bound."""
         return {c.metric: bound for c, bound in zip(self.costs, self.bounds, strict=True)}
 
@@ -106,12 +130,12 @@ class Targets:
 
 
 @cache
-def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+def _on_device(bounds: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # whoever asks first: autograd may save it later
         return torch.tensor(bounds, dtype=torch.float64, device=device)
 
 
-def _parse(metric: str, bound: str | float, full: int) -> int:
+def _parse(metric: Metric, bound: str | float, full: float) -> float:
     if isinstance(bound, str):
         match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMG%]?)\s*", bound)
         try:
@@ -119,17 +143,21 @@ def _parse(metric: str, bound: str | float, full: int) -> int:
         except ValueError:
             value = None
         if match and value is not None:
-            scale = Fraction(full, 100) if match[2] == "%" else _SUFFIXES[match[2]]
+            scale = Fraction(full) / 100 if match[2] == "%" else _SUFFIXES[match[2]]
             return _positive(metric, bound, value * scale)
     elif isinstance(bound, int | float) and not isinstance(bound, bool):
         return _positive(metric, bound, bound)
     raise BudgetError(
-        f"budget {metric} must be a number, or a string such as '210M', '1.1G' or '50%'; "
+        f"budget {metric.bound} must be a number, or a string such as '210M', '1.1G' or '50%'; "
         f"got {bound!r}"
     )
 
 
-def _positive(metric: str, bound: str | float, value: float | Fraction) -> int:
+def _positive(metric: Metric, bound: str | float, value: float | Fraction) -> float:
     if not 0 < value < float("inf"):
-        raise BudgetError(f"budget {metric} must be positive and finite, got {bound!r}")
-    return int(value)
+        raise BudgetError(f"budget {metric.bound} must be positive and finite, got {bound!r}")
+    return float(value) if metric.measured else int(value)
+
+
+def _text(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

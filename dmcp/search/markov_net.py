@@ -34,6 +34,7 @@ from dmcp.nn.chain import PassState, scaled
 from dmcp.nn.conv import share_tensors
 from dmcp.ops import CostTable, ExpectedCost, expected_cost, retain
 from dmcp.search.mask_sites import MaskSites, fusable, mask_sites
+from dmcp.search.net_costs import NetCosts, net_costs
 
 
 class MarkovNet(nn.Module):
@@ -48,7 +49,8 @@ class MarkovNet(nn.Module):
     Args:
         model: the network, already on its device.
         example_inputs: as for `dmcp.trace`.
-        groups, divisor, min_width: the widths of every unit, see `dmcp.nn.width_choices`.
+        groups, divisor, min_width: the widths of every unit, see `dmcp.nn.width_choices`; with
+            ``groups=None`` they are the choices of the graph.
         graph: what `dmcp.trace` returned for this model, instead of ``example_inputs``: to exclude
             or tie units.
 
@@ -68,7 +70,7 @@ class MarkovNet(nn.Module):
         self,
         model: nn.Module,
         example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
-        groups: int = 10,
+        groups: int | None = 10,
         divisor: int = 8,
         min_width: int = 1,
         *,
@@ -106,7 +108,7 @@ class MarkovNet(nn.Module):
         self._leads: dict[MarkovBatchNorm2d, MarkovConv2d] = {}
         self._handing: list[MarkovBatchNorm2d | FusedActivation] = []
         self._handed_over = False
-        self._table = self.cost_table(())
+        self._table = CostTable.of([unit.choices for unit in units], device=device)
         self._install(sites)
         for module in self.model.modules():
             if isinstance(module, MarkovBatchNorm2d | MarkovConv2d | MarkovLinear):
@@ -203,7 +205,7 @@ class MarkovNet(nn.Module):
             self._set_widths(before)
 
     @contextmanager
-    def masked(self, table: CostTable | None = None) -> Iterator[ExpectedCost]:
+    def masked(self, table: CostTable | NetCosts | None = None) -> Iterator[ExpectedCost]:
         """Scale every channel by its retain probability while the context is open.
 
         Args:
@@ -237,19 +239,19 @@ class MarkovNet(nn.Module):
         finally:
             self._state.accumulates = before
 
-    def cost_table(self, costs: Sequence[Cost]) -> CostTable:
+    def cost_table(self, costs: Sequence[Cost]) -> CostTable | NetCosts:
         """What `expected_cost` needs to know about costs of ``graph``. Build it once."""
-        return CostTable.of(
-            [unit.choices for unit in self.graph.units],
-            [cost.coefficients() for cost in costs],
-            self.architecture_parameters()[0].device,
-        )
+        choices = [unit.choices for unit in self.graph.units]
+        return net_costs(choices, costs, self.architecture_parameters()[0].device)
 
-    def expected_cost(self, table: CostTable | None = None) -> ExpectedCost:
+    def expected_cost(self, table: CostTable | NetCosts | None = None) -> ExpectedCost:
         """Everything about the chains as they are now, by one operator: retain probabilities, the
         scale of every channel, the moments of the widths and, with a table of `cost_table`, mean
-        and variance of its costs. Differentiable."""
-        return expected_cost(torch.cat([*self.architecture_parameters()]), table or self._table)
+        and variance of its costs. Differentiable. Measured costs take a few more operations."""
+        alpha = torch.cat([*self.architecture_parameters()])
+        if isinstance(table, NetCosts):
+            return table.complete(expected_cost(alpha, table.polynomials))
+        return expected_cost(alpha, table or self._table)
 
     def transitions(self) -> Tensor:
         """p of all chains, concatenated in the order of the units: [T], without gradient."""
@@ -457,10 +459,10 @@ def _without_site(unit: ChannelUnit) -> ChannelUnit:
     return replace(unit, choices=(unit.channels,), searchable=False, reason=reason)
 
 
-def _on_grid(unit: ChannelUnit, groups: int, divisor: int, min_width: int) -> ChannelUnit:
+def _on_grid(unit: ChannelUnit, groups: int | None, divisor: int, min_width: int) -> ChannelUnit:
     """The unit with its choices restricted to a grid, of multiples of both divisor and step where
     there is room for them, else of the step."""
-    if not unit.searchable:
+    if not unit.searchable or groups is None:
         return unit
     for multiple in (lcm(divisor, unit.step), unit.step):
         grid = set(width_choices(unit.channels, groups, multiple, min_width))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmcp.errors import CheckpointError, ConfigError
-from dmcp.ops import ExpectedCost
-from dmcp.search.budget import Budget, Targets
-from dmcp.search.budget_loss import BudgetLoss
+from dmcp.search.budget import Budget
+from dmcp.search.chain_search import ChainSearch
 from dmcp.search.markov_net import MarkovNet
 from dmcp.search.options import SearchOptions
-from dmcp.search.sampling import Samples, draw_widths, expected_widths, sample_within
-from dmcp.search.subnets import narrowest, random_subnets
+from dmcp.search.subnets import narrowest
 from dmcp.train.distributed import (
     World,
     all_reduce_sum,
@@ -32,7 +29,7 @@ from dmcp.train.precision import MixedPrecision
 from dmcp.train.training import learn_labels
 
 
-class Search:
+class Search(ChainSearch):
     """Finds the widths of a `MarkovNet` under a budget, in one training run.
 
     Every step is a sandwich step: one update of the weights from the widest, the narrowest and some
@@ -63,38 +60,14 @@ class Search:
         seed: int = 0,
         world: World | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f"steps must be an int of at least 1, got {steps!r}")
-        self.net = net
-        self.options = options = options or SearchOptions()
-        self.targets: Targets = budget.of(net.graph)
-        self.steps = steps
-        self.step_index = 0
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(net, budget, steps, options, seed)
+        options = self.options
         self.gradients = GradientBuffer(net.trained_parameters(), net.weight_parameters())
         device = net.architecture_parameters()[0].device
         self.world = world or World.single(device)
         self.precision = MixedPrecision(options.precision, device)
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
-        self.arch_optimizer = _arch_optimizer(net.architecture_parameters(), options)
-        self.budget_loss = BudgetLoss(
-            options.budget_loss,
-            options.budget_weight,
-            options.tolerance,
-            len(self.targets.bounds),
-            device,
-        )
-        self._table = net.cost_table(self.targets.costs)
-        for chain in net.chains.values():
-            chain.reset(options.start)  # type: ignore[operator]
-        with torch.no_grad():
-            self._first_ratios = self.targets.ratios(self.expected_cost().cost)
         broadcast_parameters(net, self.world)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps before the first architecture step."""
-        return min(round(self.options.warmup * self.steps), self.steps - 1)
 
     def step(
         self,
@@ -135,65 +108,11 @@ class Search:
         self.step_index += 1
         return metrics
 
-    def expected_cost(self) -> ExpectedCost:
-        """What the chains say now, with mean and variance of every cost that has a bound; see
-        `dmcp.ops.expected_cost`."""
-        return self.net.expected_cost(self._table)
-
-    def expected_widths(self) -> dict[str, int]:
-        """Expected sampling: on the grid, inside the budget; see `dmcp.search.expected_widths`."""
-        return expected_widths(self.net, self.targets)
-
-    def sample_widths(
-        self,
-        count: int,
-        generator: torch.Generator | None = None,
-        *,
-        tolerance: float | None = None,
-        max_draws: int = 1_000_000,
-    ) -> Samples:
-        """Markov sampling; with a tolerance, only structures that close to the budget.
-
-        Raises:
-            SamplingError: no structure within the tolerance was found in ``max_draws`` draws.
-        """
-        if tolerance is None:
-            return draw_widths(self.net, count, generator)
-        return sample_within(self.net, self.targets, count, tolerance, generator, max_draws)
-
-    @torch.no_grad()
-    def describe(self, targets: Targets | None = None) -> dict[str, Any]:
-        """What the chains say, as plain JSON data.
-
-        Args:
-            targets: the bounds to hold their costs against, by default those of the search.
-
-        Returns:
-            ``costs``: metric -> budget, expected value, standard deviation, and the cost as
-            `Cost.coefficients` of the widths of all units; ``units``: unit -> full width, in that
-            order; ``choices`` and ``retain``: searchable unit -> widths, retain probabilities.
-        """
-        targets = targets or self.targets
-        expected = self.net.expected_cost(self.net.cost_table(targets.costs))
-        values = zip(expected.cost.tolist(), expected.variance.tolist(), strict=True)
-        costs = {
-            cost.metric: {
-                "budget": bound,
-                "expected": mean,
-                "deviation": variance**0.5,
-                "coefficients": cost.coefficients().tolist(),
-            }
-            for cost, bound, (mean, variance) in zip(
-                targets.costs, targets.bounds, values, strict=True
-            )
-        }
-        chains = {unit.name: self.net.chain(unit.name) for unit in self.net.graph.searchable}
-        return {
-            "costs": costs,
-            "units": self.net.graph.widths(),
-            "choices": {name: chain.choices for name, chain in chains.items()},
-            "retain": {name: chain.retain().tolist() for name, chain in chains.items()},
-        }
+    @property
+    def passes(self) -> int:
+        """Networks that every image has gone through so far, forward and backward."""
+        architecture = max(0, self.step_index - self.warmup_steps)
+        return self.step_index * self.options.sandwich + architecture
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the following steps depend on."""
@@ -251,11 +170,6 @@ class Search:
         }
         return metrics, teachers
 
-    def _random_subnets(self) -> Iterator[Mapping[str, Any]]:
-        """The random sub-networks of a sandwich step, as ``net.at`` takes them."""
-        count = self.options.random_subnets
-        return random_subnets(self.net, count, self._uniform_share(), self.generator)
-
     def _subnet_loss(
         self, widths: Mapping[str, Any], batch: Sequence[Part], teachers: Sequence[Tensor]
     ) -> Tensor:
@@ -277,14 +191,9 @@ class Search:
         self, batch: Sequence[Part], teachers: list[Tensor]
     ) -> dict[str, Tensor]:
         """Update α; ``teachers`` are the widest network's logits on this step's images."""
-        done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
-        set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
-        self.arch_optimizer.zero_grad(set_to_none=True)
         scale = self._deviation(torch.cat(teachers)) if self.options.match_scale else None
         losses = []
-        with _frozen(self.net.weight_parameters()), self.net.masked(self._table) as expected:
-            ratios = self.targets.ratios(expected.cost) / self._slack(done)
-            budget = self.budget_loss(ratios)
+        with self._architecture_pass() as budget:
             for part in batch:
                 with self.precision.autocast():
                     loss = self._masked_loss(part, scale)
@@ -294,7 +203,6 @@ class Search:
                 losses.append(loss.detach())
         average_gradients(self.net.architecture_parameters(), self.world)
         self.precision.step(self.arch_optimizer)
-        self.budget_loss.update(ratios)
         return {"masked_loss": sum_of(losses), "budget_loss": budget.detach()}
 
     def _masked_loss(self, part: Part, scale: Tensor | None) -> Tensor:
@@ -309,36 +217,3 @@ class Search:
         mean = all_reduce_sum(logits.mean(), self.world) / self.world.size
         square = (logits - mean).square().mean()
         return (all_reduce_sum(square, self.world) / self.world.size).sqrt()
-
-    def _slack(self, done: float) -> Tensor:
-        """By how much the bounds are still relaxed: [B], from E / bound at the start down to 1."""
-        if done >= self.options.anneal:
-            return torch.ones_like(self._first_ratios)
-        return self._first_ratios.clamp(min=1) ** (1 - done / self.options.anneal)
-
-    def _uniform_share(self) -> float:
-        """The chance that a random sub-network is uniform: 1, then geometric down to the option."""
-        done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
-        return float(self.options.uniform_share ** max(0.0, done))
-
-
-def _arch_optimizer(
-    parameters: Sequence[nn.Parameter], options: SearchOptions
-) -> torch.optim.Optimizer:
-    lr = options.arch_lr.at(0.0)
-    if options.arch_optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, fused=True)
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """No gradient for these parameters while the context is open, so none is computed."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
