@@ -1,4 +1,4 @@
-"""The command that draws what searches found."""
+"""The command that writes the report of runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dmcp.errors import ConfigError
-from dmcp.report import draw_search, find_searches
+from dmcp.report import write_page
 
 
 @click.command()
@@ -15,20 +15,20 @@ from dmcp.report import draw_search, find_searches
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder for the figures of all runs, a folder for each.  [report/ in each run]",
+    help="Folder for the page, with a folder for the figures of each run.  [report/ in each run]",
 )
 @click.option("--every-unit", is_flag=True, help="Show the channels of all units, not of twelve.")
 def report(runs: tuple[Path, ...], output: Path | None, every_unit: bool) -> None:
-    """Draw the searches of finished runs, as PNG and SVG.
+    """Write a page about runs, and its figures as PNG and SVG.
 
-    The costs of structures drawn from the chains, the channels of those that meet the budget, and
-    the widths of the structures that were found.
+    Losses, costs against their budgets, the chains over time, the widths that were found, the
+    distribution of sampled structures, accuracy against cost with the spread over seeds, what it
+    all cost, and the command to repeat it. Runs may still be going; a folder of compare is welcome.
     """
-    targets = {run: output / run.resolve().name if output else run / "report" for run in runs}
-    if len(set(targets.values())) < len(targets):
+    names = {run.resolve().name for run in runs}
+    if output is not None and len(names) < len(runs):
         raise ConfigError("--output needs runs of different names: each gets a folder of its name")
-    searches = {run: find_searches(run) for run in runs}
-    for run, found in searches.items():
-        for name, search in found.items():
-            for path in draw_search(search, targets[run] / name, every_unit=every_unit):
-                print(path)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ConfigError("the same run is named twice")
+    for path in write_page(runs, output, every_unit=every_unit):
+        print(path)

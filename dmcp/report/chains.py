@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from dmcp.cost.interpolation import Interpolation
 from dmcp.errors import CheckpointError
 from dmcp.runs import RunFolder
 
@@ -27,18 +29,27 @@ class ChainCost:
     Attributes:
         budget: what a structure may cost.
         expected, deviation: of the cost of structures drawn from the chains, exactly.
-        coefficients: float64 [1 + U, 1 + U], see `dmcp.cost.Cost.coefficients`.
+        function: of the widths: the coefficients of a counted cost, float64 [1 + U, 1 + U], see
+            `dmcp.cost.PolynomialCost.coefficients`; a table of a measured one.
     """
 
     budget: float
     expected: float
     deviation: float
-    coefficients: NDArray[np.float64]
+    function: NDArray[np.float64] | Interpolation
 
     def of(self, widths: Widths) -> NDArray[np.float64]:
         """The costs of structures: [n]."""
+        if isinstance(self.function, Interpolation):
+            return self.function.of_many(torch.from_numpy(widths)).numpy()
         padded = np.concatenate([np.ones((len(widths), 1)), widths], axis=1)
-        return ((padded @ np.triu(self.coefficients)) * padded).sum(1)
+        return ((padded @ np.triu(self.function)) * padded).sum(1)
+
+    def _fits(self, units: int) -> bool:
+        """Whether it is of so many units."""
+        if isinstance(self.function, Interpolation):
+            return self.function.weights.shape[1:] == (units,)
+        return self.function.shape == (1 + units, 1 + units)
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,10 @@ class Chains:
 
     def _fit(self) -> bool:
         """Whether the parts fit each other, and the probabilities are those of a chain."""
-        side = 1 + len(self.units)
         return (
             self.choices.keys() == self.retain.keys() <= self.units.keys()
             and bool(self.costs)
-            and all(cost.coefficients.shape == (side, side) for cost in self.costs.values())
+            and all(cost._fits(len(self.units)) for cost in self.costs.values())
             and all(cost.budget > 0 for cost in self.costs.values())
             and all(_is_chain(q, self.choices[unit]) for unit, q in self.retain.items())
         )
@@ -127,7 +137,7 @@ def _parse(data: Mapping[str, Any]) -> Chains:
             float(cost["budget"]),
             float(cost["expected"]),
             float(cost["deviation"]),
-            np.array(cost["coefficients"], dtype=np.float64),
+            _function(cost),
         )
         for metric, cost in data["costs"].items()
     }
@@ -137,6 +147,12 @@ def _parse(data: Mapping[str, Any]) -> Chains:
         retain={name: np.array(q, dtype=np.float64) for name, q in data["retain"].items()},
         costs=costs,
     )
+
+
+def _function(cost: Mapping[str, Any]) -> NDArray[np.float64] | Interpolation:
+    if "interpolation" in cost:
+        return Interpolation.from_json(cost["interpolation"])
+    return np.array(cost["coefficients"], dtype=np.float64)
 
 
 def _is_chain(retain: NDArray[np.float64], choices: tuple[int, ...]) -> bool:

@@ -9,15 +9,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dmcp.report.chains import Chains
-from dmcp.report.figure import BLUE, FULL, METRICS, VERMILION, new_figure, scale
+from dmcp.report.figure import (
+    LIGHT,
+    NARROW,
+    WIDE,
+    Look,
+    elided,
+    in_units,
+    metric_name,
+    new_figure,
+    scale_of,
+    spread,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = 4
 
-
-def draw_costs(chains: Chains, metric: str = "macs", *, count: int = 3000, seed: int = 0) -> Figure:
+@styled
+def draw_costs(
+    chains: Chains, metric: str = "macs", *, count: int = 3000, seed: int = 0, look: Look = LIGHT
+) -> Figure:
     """How the cost of sampled structures is distributed (Figure 6 of the paper).
 
     Args:
@@ -25,45 +38,54 @@ def draw_costs(chains: Chains, metric: str = "macs", *, count: int = 3000, seed:
         metric: one of the costs that have a budget.
         count: structures to draw.
         seed: of the draw.
+        look: how it looks.
     """
-    figure = new_figure(6.4, 4.4)
+    figure = new_figure(NARROW, 4.2) if look.narrow else new_figure(WIDE, 4.4)
     axes = figure.add_subplot()
     cost = chains.costs[metric]
     samples = cost.of(chains.draw(count, np.random.default_rng(seed)))
     full = float(cost.of(np.array([list(chains.units.values())]))[0])
-    size, suffix = scale(cost.budget)
+    size, suffix = scale_of(metric, cost.budget)
     samples, mean, deviation = samples / size, cost.expected / size, cost.deviation / size
 
-    axes.hist(samples, bins=40, range=_range(samples), color=FULL, edgecolor="white", linewidth=0.4)
+    axes.hist(
+        samples,
+        bins=40,
+        range=_range(samples),
+        color=look.full,
+        edgecolor=look.paper,
+        linewidth=0.4,
+    )
     axes.axvspan(
         mean - deviation,
         mean + deviation,
-        color=BLUE,
-        alpha=0.15,
+        color=look.blue,
+        alpha=0.18,
         linewidth=0,
         label=f"± standard deviation ({deviation:.4g}{suffix})",
     )
     # Where they coincide, each shows between the dashes of the next.
     lines: Sequence[tuple[float, str, str, float, str]] = (
-        (mean, BLUE, "-", 3.2, "expected by the chains"),
-        (cost.budget / size, VERMILION, "--", 1.6, "budget"),
-        (float(samples.mean()), "black", ":", 1.6, "mean of the sample"),
+        (mean, look.blue, "-", 3.2, "expected by the chains"),
+        (cost.budget / size, look.vermilion, "--", 1.6, "budget"),
+        (float(samples.mean()), look.ink, ":", 1.6, "mean of the sample"),
     )
     for value, colour, dashes, width, label in lines:
         label = f"{label} ({value:.4g}{suffix})"
         axes.axvline(value, color=colour, linestyle=dashes, linewidth=width, label=label)
-    name = METRICS[metric]
-    axes.set_title(
-        f"{name} of {count:,} structures drawn from the chains\n"
-        f"(full network {full / size:.4g}{suffix})",
-        fontsize=11,
+    name = metric_name(metric)
+    figure.suptitle(
+        f"{count:,} structures drawn from the chains\n"
+        f"(full network {full / size:.4g}{suffix} {name})",
+        fontsize="medium",
     )
-    axes.set_xlabel(f"{name} ({suffix})" if suffix else name)
+    axes.set_xlabel(in_units(name, suffix))
     axes.set_ylabel("structures")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=1 if look.narrow else 2)
     return figure
 
 
+@styled
 def draw_channels(
     chains: Chains,
     *,
@@ -71,6 +93,7 @@ def draw_channels(
     count: int = 3000,
     tolerance: float = 0.01,
     seed: int = 0,
+    look: Look = LIGHT,
 ) -> Figure:
     """How many channels units keep in structures that meet the budget (Figure 7 of the paper).
 
@@ -80,47 +103,45 @@ def draw_channels(
         count: structures, at most.
         tolerance: how far off the budget they may cost, as a share; wider where none is so close.
         seed: of the draw.
+        look: how it looks.
     """
-    shown = _spread(list(chains.choices), units)
-    rows = ceil(len(shown) / _COLUMNS)
-    figure = new_figure(10, 0.9 + 1.8 * rows)
-    grid = figure.subplots(rows, _COLUMNS, sharey=True, squeeze=False)
+    shown = spread(list(chains.choices), units)
+    columns = 2 if look.narrow else 4
+    rows = ceil(len(shown) / columns)
+    figure = new_figure(NARROW if look.narrow else WIDE, 0.9 + 1.45 * rows)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     widths, met = chains.draw_near_budget(count, tolerance, np.random.default_rng(seed))
     order = list(chains.units)
     for axes, unit in zip(grid.flat, shown, strict=False):
-        _draw_unit(axes, unit, chains.choices[unit], widths[:, order.index(unit)])
+        _draw_unit(axes, unit, chains.choices[unit], widths[:, order.index(unit)], look)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     note = "" if met == tolerance else f"; none is within ± {_percent(tolerance)}"
+    middle = "\n" if look.narrow else " "
     figure.suptitle(
-        f"Channels of {len(widths):,} structures within ± {_percent(met)} of the budget{note}",
-        fontsize=11,
+        f"Channels of {len(widths):,} structures{middle}"
+        f"within ± {_percent(met)} of the budget{note}",
+        fontsize="medium",
     )
-    figure.supxlabel("channels", fontsize=10)
-    figure.supylabel("structures", fontsize=10)
+    figure.supxlabel("channels", fontsize="medium")
+    figure.supylabel("structures", fontsize="medium")
     return figure
 
 
-def _draw_unit(axes: Any, unit: str, choices: tuple[int, ...], widths: Any) -> None:
+def _draw_unit(axes: Any, unit: str, choices: tuple[int, ...], widths: Any, look: Look) -> None:
     counts = [int((widths == choice).sum()) for choice in choices]
     gap = min(np.diff(choices), default=1)
-    axes.bar(choices, counts, width=0.85 * gap, color=BLUE)
-    axes.set_title(unit, fontsize=9)
+    axes.bar(choices, counts, width=0.85 * gap, color=look.blue)
+    axes.set_title(elided(unit, 22), fontsize="small")
     axes.set_xlim(0, choices[-1] + gap)
-    axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=4, integer=True)
+    axes.locator_params(axis="y", nbins=3, integer=True)
 
 
 def _range(samples: Any) -> tuple[float, float]:
     low, high = float(samples.min()), float(samples.max())
     # Chains that have decided give one structure, whose cost alone spans no range.
     return (low, high) if high > low else (0.99 * low, 1.01 * high)
-
-
-def _spread(units: list[str], count: int | None) -> list[str]:
-    if count is None or count >= len(units):
-        return units
-    return [units[place] for place in np.linspace(0, len(units) - 1, count).round().astype(int)]
 
 
 def _percent(share: float) -> str:

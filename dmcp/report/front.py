@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from dmcp.report.figure import Style, new_figure, scale, styles
+from dmcp.report.figure import (
+    LIGHT,
+    NARROW,
+    WIDE,
+    Look,
+    Style,
+    in_units,
+    new_figure,
+    scale,
+    styled,
+    styles,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +42,10 @@ class _Point:
     seeds: int
 
 
-def draw_front(records: Iterable[Mapping[str, Any]], title: str = "") -> Figure:
+@styled
+def draw_front(
+    records: Iterable[Mapping[str, Any]], title: str = "", *, look: Look = LIGHT
+) -> Figure:
     """Accuracy against MACs: a line for each method with a point for each budget, the mean over
     seeds with their standard deviation; the full network is a star.
 
@@ -43,38 +57,43 @@ def draw_front(records: Iterable[Mapping[str, Any]], title: str = "") -> Figure:
             share. Tracks, the ways networks were trained, are drawn side by side. Records of the
             method ``"dense"`` are the full network; those without a track are in all of them.
         title: above the figure.
+        look: how it looks.
     """
     records = list(records)
     tracks = sorted({record["track"] for record in records if record["track"] is not None})
     panels = tracks or [None]
-    look = styles(r["method"] for r in records if r["method"] != DENSE)
-    figure = new_figure(1.9 + 5 * len(panels), 6)
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    methods = styles((r["method"] for r in records if r["method"] != DENSE), look)
+    if look.narrow:
+        figure = new_figure(NARROW, 0.4 + 3.4 * len(panels) + 0.12 * len(methods))
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+    else:
+        figure = new_figure(max(WIDE, 1.9 + 3.8 * len(panels)), 4.8)
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     size, suffix = scale(max((record["macs"] for record in records), default=1))
     points = []
     for axes, track in zip(grid.flat, panels, strict=True):
         lines = _lines([r for r in records if r["track"] in (track, None)], size)
         points += [point for line in lines.values() for point in line]
-        _draw_track(axes, lines, look)
-        axes.set_xlabel(f"MACs ({suffix}){', methods side by side' if len(look) > 1 else ''}")
-        axes.set_title("" if track is None else f"Track {track}", fontsize=11)
-        axes.grid(axis="y", color="0.9")
-    grid.flat[0].set_ylabel(f"top-1 (%), {_spread({point.seeds for point in points})}")
+        _draw_track(axes, lines, methods, look)
+        beside = ", methods side by side" if len(methods) > 1 else ""
+        axes.set_xlabel(in_units("MACs", suffix) + beside)
+        axes.set_title("" if track is None else f"Track {track}")
+        axes.grid(axis="y")
+        axes.margins(x=0.08, y=0.1)
+    middle = "\n" if look.narrow else ", "
+    grid.flat[0].set_ylabel(f"top-1 (%){middle}{_spread({point.seeds for point in points})}")
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize="medium")
     handles = {
         label: handle
         for axes in grid.flat
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    labels = [name for name in (*look, DENSE) if name in handles]
-    figure.legend(
-        [handles[label] for label in labels],
-        labels,
-        loc="outside right upper",
-        frameon=False,
-        fontsize=9,
-    )
+    labels = [name for name in (*methods, DENSE) if name in handles]
+    place: dict[str, Any] = {"loc": "outside right upper"}
+    if look.narrow:
+        place = {"loc": "outside lower center", "ncols": 2}
+    figure.legend([handles[label] for label in labels], labels, **place)
     return figure
 
 
@@ -93,15 +112,15 @@ def _lines(records: Sequence[Mapping[str, Any]], size: float) -> dict[str, list[
 
 
 def _draw_track(
-    axes: Axes, lines: Mapping[str, Sequence[_Point]], look: Mapping[str, Style]
+    axes: Axes, lines: Mapping[str, Sequence[_Point]], methods: Mapping[str, Style], look: Look
 ) -> None:
     places = [point.macs for line in lines.values() for point in line]
     step = _APART * (max(places) - min(places)) if places else 0.0
-    methods = [name for name in look if name in lines]
-    for number, name in enumerate(methods):
-        style, line = look[name], lines[name]
+    present = [name for name in methods if name in lines]
+    for number, name in enumerate(present):
+        style, line = methods[name], lines[name]
         axes.errorbar(
-            [point.macs + (number - (len(methods) - 1) / 2) * step for point in line],
+            [point.macs + (number - (len(present) - 1) / 2) * step for point in line],
             [point.top1 for point in line],
             yerr=[point.deviation for point in line],
             color=style.colour,
@@ -109,7 +128,7 @@ def _draw_track(
             linewidth=1.1,
             marker=style.marker,
             markersize=5.5,
-            markerfacecolor="white" if style.hollow else style.colour,
+            markerfacecolor=look.paper if style.hollow else style.colour,
             capsize=2.5,
             label=name,
         )
@@ -118,7 +137,7 @@ def _draw_track(
             [point.macs for point in lines[DENSE]],
             [point.top1 for point in lines[DENSE]],
             yerr=[point.deviation for point in lines[DENSE]],
-            color="black",
+            color=look.ink,
             linestyle="none",
             marker="*",
             markersize=11,

@@ -11,45 +11,75 @@ import pytest
 
 from dmcp.cli import main
 
-SEARCH = shlex.split(
-    "search --model resnet18 --width 0.125 --batch-size 256 --device cpu --divisor 1 "
-    "--budget 50% --search-epochs 1 --retrain-epochs 1 --no-baselines --quiet --output"
-)
-NAMES = {
-    f"{name}.{kind}" for name in ("costs-macs", "channels", "widths") for kind in ("png", "svg")
-}
+MODEL = """
+from torch import nn
+
+def net(num_classes):
+    def conv(inputs, outputs):
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)]
+    return nn.Sequential(*conv(1, 8), nn.MaxPool2d(2), *conv(8, 16), *pool)
+"""
+NAMES = ["front", "curves", "expected-costs", "retained", "expected-widths", "widths"]
+NAMES += ["costs-macs", "channels"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of a search of seconds, without the folder."""
+    path = tmp_path_factory.mktemp("model") / "model.py"
+    path.write_text(MODEL)
+    return shlex.split(
+        f"search --model {path}:net --batch-size 256 --device cpu --divisor 2 --groups 4 "
+        "--budget 50% --search-epochs 2 --retrain-epochs 1 --quiet --output"
+    )
+
+
+@pytest.fixture(scope="module")
+def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search."""
     folder = tmp_path_factory.mktemp("report") / "first"
-    assert main([*SEARCH, str(folder)]) == 0
+    assert main([*command, str(folder)]) == 0
     return folder
 
 
-def test_figures_of_a_run(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_run(run: Path, command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
-    shown = capfd.readouterr()
-    paths = [Path(line) for line in shown.out.splitlines()]
-    assert {path.name for path in paths} == NAMES
-    assert {path.parent for path in paths} == {run / "report"}
-    assert all(path.is_file() for path in paths)
-    assert main([*SEARCH, str(run)]) == 0, "the run is the same one with figures in it"
+    page, *pictures = [Path(line) for line in capfd.readouterr().out.splitlines()]
+    assert page == run / "report" / "report.html"
+    assert [path.name for path in pictures] == [
+        f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")
+    ]
+    assert all(path.is_file() for path in [page, *pictures])
+    text = page.read_text()
+    for row in json.loads((run / "results.json").read_text())["networks"]:
+        assert f"<td>{row['macs']:,}</td>" in text
+        assert f"<td>{100 * row['top1']:.2f}</td>" in text
+    # Everything that a run writes was found, and nothing is said to be missing.
+    assert "there is no" not in text
+    assert 'class="text">search</td>' in text
+    assert main([*command, str(run)]) == 0, "the run is the same one with a report in it"
 
 
 def test_several_runs_into_one_folder(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "second"
-    other.mkdir()
-    (other / "search.json").write_text((run / "search.json").read_text())
+    """Of one there is little to draw, and the other has just begun."""
+    runs = [tmp_path / "second", tmp_path / "third"]
+    copy(run, runs[0], "config.json", "results.json")
+    copy(run, runs[1], "config.json")
     output = tmp_path / "figures"
-    command = ["report", str(run), str(other), "--every-unit", "--output", str(output)]
+    command = ["report", *map(str, runs), "--every-unit", "--output", str(output)]
     assert main(command) == 0
-    assert len(capfd.readouterr().out.splitlines()) == 12
-    assert {path.name for path in output.iterdir()} == {"first", "second"}
-    assert {path.name for path in (output / "second").iterdir()} == NAMES
+    written = [Path(line) for line in capfd.readouterr().out.splitlines()]
+    assert written == [output / name for name in ("report.html", "front.png", "front.svg")]
+    assert "2 runs" in written[0].read_text()
+
+
+def copy(run: Path, folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes((run / name).read_bytes())
 
 
 def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
@@ -60,12 +90,12 @@ def refusal(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return shown.err
 
 
-def test_what_cannot_be_drawn_is_one_line(
+def test_what_cannot_be_reported_is_one_line(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Before any run is drawn."""
     error = refusal(["report", str(run), str(tmp_path), "--output", str(tmp_path / "out")], capfd)
-    assert f"{tmp_path} is not a finished search: it has no search.json" in error
+    assert f"{tmp_path} is not a run: it has neither config.json nor search.json" in error
     same = tmp_path / "first"
     same.mkdir()
     (same / "search.json").write_text(json.dumps({}))
@@ -74,40 +104,48 @@ def test_what_cannot_be_drawn_is_one_line(
     assert f"{same / 'search.json'} does not hold the chains" in refusal(
         ["report", str(same)], capfd
     )
+    assert "the same run is named twice" in refusal(["report", str(run), f"{run}/."], capfd)
     assert "Missing argument 'RUN...'" in refusal(["report"], capfd)
     assert not (tmp_path / "out").exists()
 
 
 WITHOUT = """
 import sys
-sys.modules["matplotlib"] = None
 from dmcp.cli import main
-sys.exit(main(["report", sys.argv[1], "--output", sys.argv[2]]))
+for name in ("matplotlib", "jinja2"):
+    kept = {key: sys.modules.pop(key) for key in list(sys.modules) if key.split(".")[0] == name}
+    sys.modules[name] = None
+    assert main(["report", sys.argv[1], "--output", sys.argv[2]]) == 2
+    del sys.modules[name]
+    sys.modules.update(kept)
 """
 
 
-def test_without_matplotlib_it_is_one_line(run: Path, tmp_path: Path) -> None:
+def test_a_missing_package_is_one_line(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, str(run), str(tmp_path / "out")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "needs the package 'matplotlib': pip install 'dmcp[report]'" in done.stderr
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    for name, line in zip(("matplotlib", "jinja2"), lines, strict=True):
+        assert f"needs the package '{name}': pip install 'dmcp[report]'" in line
     assert not (tmp_path / "out").exists()
 
 
 PYPLOT = """
 import sys
 from dmcp.cli import main
-assert "matplotlib" not in sys.modules, "the command line imports it before it is needed"
-assert main(["report", sys.argv[1], "--output", sys.argv[2]]) == 0
+for name in ("matplotlib", "jinja2.environment"):
+    assert name not in sys.modules, f"the command line imports {name} before it is needed"
+assert main(["report", sys.argv[1]]) == 0
 assert "matplotlib.pyplot" not in sys.modules
 """
 
 
 def test_there_is_no_global_state(run: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", PYPLOT, str(run), str(tmp_path)], check=True)
+    copy(run, tmp_path, "config.json", "results.json")
+    subprocess.run([sys.executable, "-c", PYPLOT, str(tmp_path)], check=True)

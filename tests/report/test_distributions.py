@@ -34,7 +34,7 @@ def test_costs(chains: Chains) -> None:
     assert band.x1 == pytest.approx((cost.expected + cost.deviation) / 1e3)
     assert axes.get_xlabel() == "MACs (K)"
     assert axes.get_ylabel() == "structures"
-    assert "3,000 structures" in axes.get_title()
+    assert "3,000 structures" in figure.get_suptitle()
     labels = legend(figure)
     for label in ("± standard deviation", "expected by the chains", "budget", "mean of the sample"):
         assert sum(text.startswith(label) for text in labels) == 1
