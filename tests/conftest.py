@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dmcp
+from dmcp.cost import LatencyTable, TableAxis, TableTerm
 from dmcp.models import build
 
 torch.set_num_threads(1)
@@ -355,6 +356,47 @@ def random_widths():
         }
 
     return draw
+
+
+@pytest.fixture
+def made_up_table():
+    """A latency table that nobody measured: milliseconds that grow with every width, for parts
+    that depend on one unit, on two neighbours and, if asked for, on the first ones concatenated."""
+
+    def make(graph, concatenated=0):
+        units = graph.searchable
+        axes = [({unit.name: 1.0}, unit.choices) for unit in units]
+        if concatenated:
+            first = units[:concatenated]
+            ends = [sum(unit.choices[place] for unit in first) for place in (0, -1)]
+            weights = {unit.name: 1.0 + number % 2 for number, unit in enumerate(first)}
+            axes.append((weights, (ends[0], 1.5 * ends[1])))
+        axes = [TableAxis(w, tuple(sorted({float(c[0]), c[len(c) // 2], c[-1]}))) for w, c in axes]
+        generator = torch.Generator().manual_seed(5)
+
+        def term(name, *places):
+            values = torch.rand([len(axes[a].nodes) for a in places], generator=generator).double()
+            for dim in range(len(places)):
+                values = values.cumsum(dim)
+            ms = (0.2 * values).tolist()
+            return TableTerm(name, ("conv2d",), places, ms, ms, ms)
+
+        terms = [term("fixed"), *(term(unit.name, n) for n, unit in enumerate(units))]
+        terms += [term(f"{n}", n, n + 1) for n in range(len(units) - 1)]
+        if concatenated:
+            terms += [term("cat", len(units)), term("after", len(units), len(units) - 1)]
+        return LatencyTable(
+            setting={"runtime": "made up"},
+            units=graph.widths(),
+            searchable=tuple(unit.name for unit in units),
+            macs=dmcp.cost(graph).of({}),
+            axes=tuple(axes),
+            terms=tuple(terms),
+            scale=1.25,
+            offset=0.5,
+        )
+
+    return make
 
 
 @pytest.fixture

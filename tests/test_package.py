@@ -60,7 +60,10 @@ loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
 assert "triton" not in loaded, "Triton was imported"
 assert "torch._inductor" not in sys.modules and "torch._dynamo" not in sys.modules
 assert not started, f"a process was started: {{started}}"
-extras = {{"click", "rich", "tensorboard", "sklearn", "PIL", "kornia", "safetensors", "matplotlib"}}
+extras = {{
+    *("click", "rich", "tensorboard", "sklearn", "PIL", "kornia", "safetensors", "matplotlib"),
+    *("jinja2", "lightning", "onnx", "onnxruntime", "onnxscript", "timm", "torchvision"),
+}}
 heavy = loaded & extras
 assert not heavy, f"optional packages were imported: {{heavy}}"
 """

@@ -1,4 +1,4 @@
-"""The command line: ``dmcp search | train | eval | inspect | compare | report``."""
+"""The command line: ``dmcp search | train | eval | inspect | bench | export | compare | report``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return 2
     except click.ClickException as error:
-        print(f"dmcp: {error.format_message()}", file=sys.stderr)
+        print(f"dmcp: {' '.join(error.format_message().split())}", file=sys.stderr)
         return 2
     except (click.Abort, KeyboardInterrupt):
         print("dmcp: interrupted; the same command continues the run", file=sys.stderr)

@@ -1,0 +1,29 @@
+"""Files that appear whole, all of them or none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into ``folder`` at the end, if nothing was raised.
+
+    They replace files of the same names. After an error, everything is as it was before.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Inside the folder, because a rename is atomic only inside one file system.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as stage:
+            yield Path(stage)
+            for file in sorted(Path(stage).iterdir()):
+                if file.is_file():
+                    file.replace(folder / file.name)
+    except BaseException:
+        for each in made:
+            each.rmdir()
+        raise
