@@ -13,8 +13,8 @@ from dmcp.errors import (
     DmcpError,
     ExportError,
     SamplingError,
-    StructureError,
     SearchWarning,
+    StructureError,
     TraceError,
 )
 from dmcp.graph import ChannelGraph, ChannelUnit, Member, extract, hand_over, trace

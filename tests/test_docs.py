@@ -1,4 +1,4 @@
-"""The commands of the documents are accepted; nothing is run."""
+"""The commands of the documents are accepted; nothing is run here (see tests/docs)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,45 @@ from dmcp.cli.commands import commands
 from dmcp.recipes import PUBLISHED
 from dmcp.search import Budget
 
-IMAGENET = (Path(__file__).parents[1] / "docs" / "imagenet.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+IMAGENET = (DOCS / "imagenet.md").read_text()
+PAGES = {
+    str(page.relative_to(DOCS)): page.read_text()
+    for page in sorted(DOCS.rglob("*.md"))
+    if "_build" not in page.parts
+}
 
 
 def dmcp_commands(text: str) -> list[list[str]]:
     """The arguments of every dmcp command."""
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
-    words = [shlex.split(line) for line in lines.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines.splitlines()]
     return [line[line.index("dmcp") + 1 :] for line in words if "dmcp" in line]
+
+
+def accepted(arguments: list[str]) -> click.Context:
+    """The command and its options as click understands them."""
+    command: click.Command = commands
+    while isinstance(command, click.Group):
+        name, *arguments = arguments
+        command = command.commands[name]
+    return command.make_context(name, arguments, parent=click.Context(commands))
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if dmcp_commands(text)])
+def test_commands_of_a_page_are_accepted(page: str) -> None:
+    for arguments in dmcp_commands(PAGES[page]):
+        if arguments != ["--version"]:
+            accepted(arguments)
 
 
 EVERY = dmcp_commands(IMAGENET)
 
 
 @pytest.mark.parametrize("arguments", EVERY, ids=" ".join)
-def test_commands_are_accepted(arguments: list[str]) -> None:
-    name, *options = arguments
-    context = commands.commands[name].make_context(name, options, parent=click.Context(commands))
+def test_commands_of_the_papers_table(arguments: list[str]) -> None:
+    name = arguments[0]
+    context = accepted(arguments)
     assert context.params["recipe"] in recipes.names()
     if structure := context.params.get("widths"):
         assert structure in dmcp.structures

@@ -1,4 +1,4 @@
-"""The command line: ``dmcp search | train | eval | inspect | bench | export | compare | report``."""
+"""The command line: ``dmcp search | train | eval | inspect | bench | export | …``."""
 
 from __future__ import annotations
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
+import os
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import torch
-from torch import Tensor, nn
 
+from dmcp.cli.bench import bench
 from dmcp.cli.compare import compare
 from dmcp.cli.display import ProgressDisplay, show_graph, show_rows
+from dmcp.cli.export import export
 from dmcp.cli.options import (
     compute_options,
     computed,
     device_of,
+    example_of,
     exclude_option,
     given,
     grid_options,
     image_size_option,
     machine_options,
-    model_of,
     model_options,
     network_of,
     network_options,
@@ -33,11 +35,10 @@ from dmcp.cli.options import (
 )
 from dmcp.cli.picture import check_picture, write_picture
 from dmcp.cli.report import report
-from dmcp.data import open_data
-from dmcp.errors import ConfigError
+from dmcp.cli.structure import FORMS, structure_of
+from dmcp.cost import TABLE
+from dmcp.errors import ConfigError, SearchWarning
 from dmcp.graph import trace
-from dmcp.models.structures import structures
-from dmcp.recipes import Recipe
 from dmcp.runs import (
     Machine,
     RunFolder,
@@ -48,7 +49,6 @@ from dmcp.runs import (
     run_train,
 )
 from dmcp.runs.config import ARCH_DATA, RETRAIN
-from dmcp.runs.job import build_network
 from dmcp.search import Budget, MarkovNet, SearchOptions
 from dmcp.train import TrainOptions, World, init_from_env, shutdown
 
@@ -69,6 +69,12 @@ def commands() -> None:
 @network_options
 @click.option("--budget", help="MACs of the structure: '210M', '50%' or a number.  [recipe]")
 @click.option("--budget-params", help="Bound on its parameters as well.")
+@click.option("--budget-latency", help="Bound on its milliseconds as well: '5', '60%'.")
+@click.option(
+    "--latency-table",
+    type=click.Path(path_type=Path),
+    help="What `dmcp bench latency` measured.  [the run's own, else latency.json]",
+)
 @grid_options
 @click.option("--min-width", type=int, default=1, help="Smallest width.")
 @exclude_option
@@ -87,6 +93,8 @@ def commands() -> None:
 def search(
     budget: str | None,
     budget_params: str | None,
+    budget_latency: str | None,
+    latency_table: Path | None,
     groups: int | None,
     divisor: int | None,
     search_epochs: int | None,
@@ -103,11 +111,18 @@ def search(
     recipe = recipe_of(options)
     network = network_of(recipe, options)
     bound = budget or recipe.budget
-    if bound is None and budget_params is None:
-        raise ConfigError("search needs --budget, --budget-params, or a recipe with a budget")
+    if bound is None and budget_params is None and budget_latency is None:
+        raise ConfigError(
+            "search needs --budget, --budget-params, --budget-latency, or a recipe with a budget"
+        )
     config = SearchConfig(
         network=network,
-        budget=Budget(macs=_number(bound), params=_number(budget_params)),
+        budget=Budget(
+            macs=_number(bound),
+            params=_number(budget_params),
+            latency_ms=_number(budget_latency),
+            latency_table=latency_table or _held_table(output),
+        ),
         search_epochs=given(search_epochs, recipe.search_epochs),
         retrain_epochs=given(retrain_epochs, recipe.retrain_epochs),
         search=computed(recipe.search, options),
@@ -131,7 +146,7 @@ def search(
 @click.option("--epochs", type=int, help="[recipe]")
 @click.option(
     "--widths",
-    help="Train this structure: widths.json of a search, or the name of a published one.",
+    help=f"Train this structure: {FORMS}.",
 )
 @compute_options
 @machine_options
@@ -149,15 +164,14 @@ def train(
     Run the same command again to continue a run that was stopped.
     """
     recipe = recipe_of(options)
-    structure, options = _structure(widths, options)
+    structure, options = structure_of(widths, options)
     config = TrainConfig(
         network=network_of(recipe, options),
         epochs=given(epochs, recipe.retrain_epochs),
         options=computed(recipe.retrain, options),
-        widths=structure,
     )
     with _machine(options, quiet=quiet or as_json) as machine:
-        rows = run_train(config, RunFolder(output), machine)
+        rows = run_train(config, RunFolder(output), machine, structure)
     if machine.world.is_main:
         show_rows(rows, as_json=as_json, quiet=quiet)
 
@@ -212,26 +226,17 @@ def inspect(
     if picture is not None:
         check_picture(picture)
     recipe = recipe_of(options)
-    structure, options = _structure(widths, options)
-    model, example = _example(recipe, options)
+    structure, options = structure_of(widths, options)
+    model, example = example_of(recipe, options)
     asked = bool(options["recipe"]) or (groups, divisor, min_width) != (None, None, None)
     graph = trace(model, example, exclude=options["exclude"])
+    kept = None if structure is None else structure(graph).widths
     if asked:
         grid = (given(groups, recipe.groups), given(divisor, recipe.divisor), given(min_width, 1))
         graph = MarkovNet(model, None, *grid, graph=graph).graph
-    show_graph(graph, structure, groups=asked, as_json=as_json)
+    show_graph(graph, kept, groups=asked, as_json=as_json)
     if picture is not None:
         write_picture(graph, picture)
-
-
-def _example(recipe: Recipe, options: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """The network to inspect, and a batch of images for it."""
-    channels, size, classes = 3, options["image_size"] or 224, 1000
-    if options["data"] is not None:
-        data = open_data(options["data"], options["image_size"], holdout=0.0)
-        channels, size, classes = data.channels, data.image_size, data.num_classes
-    model = build_network(*model_of(recipe, options), channels, size, classes)
-    return model, torch.zeros(options["batch"], channels, size, size)
 
 
 @contextlib.contextmanager
@@ -239,15 +244,38 @@ def _machine(options: dict[str, Any], *, quiet: bool) -> Iterator[Machine]:
     world = init_from_env(device_of(options["device"]))
     try:
         machine = Machine(
-            world, options["workers"], options["checkpoint_every"], options["log_every"]
+            world,
+            options["workers"],
+            options["checkpoint_every"],
+            options["log_every"],
+            command=_command(click.get_current_context().obj),
         )
         if quiet or not world.is_main:
-            yield machine
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SearchWarning)
+                yield machine
         else:
             with ProgressDisplay() as display:
                 yield replace(machine, watcher=display)
     finally:
         shutdown()
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The shell line that was given."""
+    workers = os.environ.get("LOCAL_WORLD_SIZE")
+    if workers is None:
+        return shlex.join(["dmcp", *arguments])
+    nodes = int(os.environ["WORLD_SIZE"]) // int(workers)
+    spread = [f"--nnodes={nodes}"] if nodes > 1 else []
+    torchrun = ["torchrun", *spread, f"--nproc-per-node={workers}", "-m", "dmcp"]
+    return shlex.join([*torchrun, *arguments])
+
+
+def _held_table(output: Path) -> Path:
+    """The latency table that a run was begun with, else the one that was measured last."""
+    held = output / TABLE
+    return held if held.exists() else Path(TABLE)
 
 
 def _number(bound: str | None) -> str | float | None:
@@ -258,37 +286,7 @@ def _number(bound: str | None) -> str | float | None:
         return bound
 
 
-def _structure(
-    widths: str | None, options: dict[str, Any]
-) -> tuple[dict[str, int] | None, dict[str, Any]]:
-    """The widths asked for, and the options with the network that a published structure prunes."""
-    if widths is None:
-        return None, options
-    if widths not in structures:
-        return _read_widths(Path(widths)), options
-    structure = structures[widths]
-    pruned = {"model": structure.model, **structure.model_kwargs}
-    for name, value in pruned.items():
-        if options[name] not in (None, value):
-            raise ConfigError(
-                f"--{name} is {options[name]!r}, but structure {widths!r} prunes a network whose "
-                f"{name} is {value!r}"
-            )
-    return dict(structure.widths), {**options, **pruned}
-
-
-def _read_widths(path: Path) -> dict[str, int]:
-    try:
-        widths = json.loads(path.read_text())["widths"]
-        return {str(name): width for name, width in widths.items()}
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--widths must be a widths.json or one of {', '.join(structures)}, "
-            f"got {str(path)!r}: there is no such file"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is not a widths.json") from None
-
-
+commands.add_command(bench)
 commands.add_command(compare)
+commands.add_command(export)
 commands.add_command(report)

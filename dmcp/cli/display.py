@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from dmcp.cost import cost
+from dmcp.cost import METRICS, cost
 from dmcp.errors import SearchWarning
 from dmcp.graph import ChannelGraph
 from dmcp.runs import Row
@@ -40,7 +40,7 @@ _LABELS = {
 }
 
 
-_METRICS = ("macs", "params", "memory")
+_METRICS = [metric.name for metric in METRICS.values() if not metric.measured]
 
 _LOG_WIDTH = 160
 """Characters of a line where there is no terminal to fit into."""

@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 
 import click
 import torch
+from torch import Tensor, nn
 
 from dmcp import models, recipes
+from dmcp.data import open_data
 from dmcp.errors import ConfigError
 from dmcp.models.load import FORMS
 from dmcp.recipes import Recipe
 from dmcp.runs import NetworkConfig
+from dmcp.runs.job import build_network
 from dmcp.search import SearchOptions
 from dmcp.train import TrainOptions
 from dmcp.train.precision import PRECISIONS
@@ -136,3 +139,14 @@ def device_of(name: str | None) -> str:
 
 def given(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def example_of(recipe: Recipe, options: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+    """The network that model options ask for, and a batch of images for it."""
+    channels, size, _ = options.get("image") or (3, 224, 224)
+    size, classes = options["image_size"] or size, options.get("classes") or 1000
+    if options["data"] is not None:
+        data = open_data(options["data"], options["image_size"], holdout=0.0)
+        channels, size, classes = data.channels, data.image_size, data.num_classes
+    model = build_network(*model_of(recipe, options), channels, size, classes)
+    return model, torch.zeros(options["batch"], channels, size, size)

@@ -7,7 +7,8 @@ from typing import Any
 
 from dmcp import models
 from dmcp.errors import ConfigError
-from dmcp.structure import Importer, Structure, open_structure, structures
+from dmcp.structure import Structure, structures
+from dmcp.structure.importers import Importer, open_structure
 
 FORMS = (
     "widths.json of a run, a published structure's name, or a file of DMCP's code (.npy), MMRazor, "
@@ -55,6 +56,8 @@ def _pruned(widths: str, structure: Structure, options: dict[str, Any]) -> dict[
             )
         return {"image": structure.image, "classes": structure.classes}
     width = structure.model_kwargs.get("width", 1.0 if model in models.names() else None)
+    if isinstance(width, str | bool):
+        raise ConfigError(f"structure {widths!r}: model.options.width must be a number")
     for name, value in {"model": model, "width": width}.items():
         if options[name] not in (None, value):
             raise ConfigError(

@@ -1,7 +1,21 @@
-"""Cost of a structure as a polynomial of its widths; exact expectation and variance."""
+"""Costs of a structure: polynomials of its widths, and measured tables; exact expectations."""
 
-from dmcp.cost.count import cost
+from dmcp.cost.cost import Cost
 from dmcp.cost.measure import measured_macs
-from dmcp.cost.polynomial import Cost
+from dmcp.cost.metrics import METRICS, TABLE, Metric, cost
+from dmcp.cost.polynomial import PolynomialCost
+from dmcp.cost.table import LatencyTable, TableAxis, TableCost, TableTerm
 
-__all__ = ["Cost", "cost", "measured_macs"]
+__all__ = [
+    "METRICS",
+    "TABLE",
+    "Cost",
+    "LatencyTable",
+    "Metric",
+    "PolynomialCost",
+    "TableAxis",
+    "TableCost",
+    "TableTerm",
+    "cost",
+    "measured_macs",
+]

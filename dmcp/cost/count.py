@@ -1,4 +1,4 @@
-"""The costs of a traced network: MACs, parameters, activation memory."""
+"""The costs of a traced network that are counted: MACs, parameters, activation memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from math import prod
 
 import torch
 
-from dmcp.cost.polynomial import Cost
-from dmcp.errors import ConfigError
+from dmcp.cost.polynomial import PolynomialCost
 from dmcp.graph import ChannelGraph
 from dmcp.graph.tensors import tensor_of
 from dmcp.graph.units import AxisMap
@@ -61,29 +60,15 @@ def _memory(graph: ChannelGraph, terms: _Terms) -> None:
         terms.add(layer.numbers, layer.outputs)
 
 
-_METRICS: dict[str, Callable[[ChannelGraph, _Terms], None]] = {
+_COUNTS: dict[str, Callable[[ChannelGraph, _Terms], None]] = {
     "macs": _macs,
     "params": _params,
     "memory": _memory,
 }
 
 
-def cost(graph: ChannelGraph, metric: str = "macs") -> Cost:
-    """A cost of the traced network as an exact polynomial of its unit widths.
-
-    Args:
-        graph: what `dmcp.trace` returned.
-        metric: ``"macs"``, multiply–accumulates of convolutions, linear layers and matrix products
-            per image, without bias, norms, activations and pooling, at the image size of the trace;
-            ``"params"``, numbers in the model's parameters, tied ones once; ``"memory"``, numbers
-            written by convolutions, linear layers and matrix products per image (the activations
-            that training keeps).
-
-    Raises:
-        ConfigError: an unknown metric.
-    """
-    if metric not in _METRICS:
-        raise ConfigError(f"metric must be one of {list(_METRICS)}, got {metric!r}")
+def count(graph: ChannelGraph, metric: str) -> PolynomialCost:
+    """A counted cost as an exact polynomial of the unit widths, see `dmcp.cost.cost`."""
     terms = _Terms(len(graph.units))
-    _METRICS[metric](graph, terms)
-    return Cost(metric, graph.units, terms.constant, terms.linear, terms.quadratic)
+    _COUNTS[metric](graph, terms)
+    return PolynomialCost(metric, graph.units, terms.constant, terms.linear, terms.quadratic)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmcp.errors import ConfigError
-from dmcp.graph import ChannelUnit, check_widths
+from dmcp.cost.cost import Cost
+from dmcp.graph import ChannelUnit
 
 
 @dataclass(frozen=True)
-class Cost:
+class PolynomialCost(Cost):
     """``constant + linear · n + Σ_{u ≤ v} quadratic[u, v] n_u n_v`` of the numbers n of steps that
     the units keep, ``width // step``: the widths themselves where nothing ties channels together.
 
@@ -38,17 +39,11 @@ class Cost:
         Raises:
             ConfigError: see `dmcp.graph.check_widths`.
         """
-        full = check_widths(self.units, widths)
-        vector = torch.tensor([[full[unit.name] for unit in self.units]], dtype=torch.int64)
-        return int(self.of_many(vector))
+        return int(super().of(widths))
 
     def of_many(self, widths: Tensor) -> Tensor:
         """The exact costs of many structures: int64 [n, U] -> int64 [n]."""
-        if widths.dtype != torch.int64 or widths.ndim != 2 or widths.shape[1] != len(self.units):
-            raise ConfigError(
-                f"widths must be int64 [n, {len(self.units)}], got {widths.dtype} "
-                f"{list(widths.shape)}"
-            )
+        self._check_many(widths)
         cpu = widths.cpu() // torch.tensor([unit.step for unit in self.units], dtype=torch.int64)
         pairs = (cpu @ self.quadratic * cpu).sum(1)
         return (self.constant + cpu @ self.linear + pairs).to(widths.device)
@@ -60,6 +55,10 @@ class Cost:
         upper[0, 0] = self.constant
         upper[0, 1:], upper[1:, 1:] = self._of_widths(torch.float64)
         return upper + upper.triu(1).T
+
+    def describe(self) -> dict[str, Any]:
+        """``coefficients``: see `coefficients`."""
+        return {"coefficients": self.coefficients().tolist()}
 
     def _of_widths(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The coefficients of widths rather than steps."""
@@ -113,4 +112,4 @@ class Cost:
 
     def __repr__(self) -> str:
         full = self.of({})
-        return f"Cost({self.metric!r}, {len(self.units)} units, full {full:,})"
+        return f"PolynomialCost({self.metric!r}, {len(self.units)} units, full {full:,})"

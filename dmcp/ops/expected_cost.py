@@ -66,7 +66,7 @@ class CostTable:
             choices: of every unit the widths it may take, ascending, its base first and its full
                 width last. A unit with one choice has an empty chain.
             coefficients: of every cost its symmetric matrix [1 + U, 1 + U]
-                (`dmcp.cost.Cost.coefficients`).
+                (`dmcp.cost.PolynomialCost.coefficients`).
             device: of the tensors.
 
         Raises:

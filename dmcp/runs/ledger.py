@@ -60,8 +60,10 @@ class Ledger:
             self._of["commit"] = found
 
     def begin(self) -> None:
-        """Write the file, unless an earlier process of the run has."""
-        if not (self._folder.path / "ledger.json").exists():
+        """Write the file, or take up the phases of an earlier process of the run."""
+        if (self._folder.path / "ledger.json").exists():
+            self._phases = self._folder.read_json("ledger.json").get("phases", {})
+        else:
             self._write()
 
     def record(self, phase: str, steps: int, spent: Spent, warned: Iterable[str] = ()) -> None:

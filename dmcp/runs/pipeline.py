@@ -16,7 +16,8 @@ from dmcp.runs.folder import RunFolder
 from dmcp.runs.job import Job, Machine, Row, open_network_data
 from dmcp.runs.ledger import Ledger
 from dmcp.search import MarkovNet, Search
-from dmcp.structure import Importer, Provenance, Structure
+from dmcp.structure import Provenance, Structure
+from dmcp.structure.importers import Importer
 from dmcp.train import Training
 
 

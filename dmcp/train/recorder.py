@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmcp.errors import CheckpointError
+from dmcp.train.checkpoint import write_atomically
 from dmcp.train.events import Events
 from dmcp.train.readback import Snapshot
 
@@ -105,9 +106,7 @@ class _Lines:
                 records.append(record)
                 kept += line + "\n"
         if kept != old:
-            partial = self._path.with_name(f".{self._path.name}.partial")
-            partial.write_text(kept)
-            partial.replace(self._path)
+            write_atomically(self._path, kept.encode())
         return records
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmcp.compare.latency import ROUNDS, latencies
+from dmcp.compare.latency import latencies
 from dmcp.compare.table import Record, rows_of, structure_key
 
 
@@ -38,5 +38,6 @@ def test_networks_take_turns_in_evaluation_mode():
     networks = [Counted(), Counted()]
     first, second = latencies(networks, torch.zeros(1, 1, 2, 2))
     assert min(first, second) >= 0
+    assert len(networks[0].calls) == len(networks[1].calls) > 1
     for network in networks:
-        assert network.calls == [(False, False)] * (1 + ROUNDS)
+        assert set(network.calls) == {(False, False)}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dmcp
-from dmcp.cost import Cost, measured_macs
+from dmcp.cost import PolynomialCost, measured_macs
 from dmcp.errors import ConfigError
 
 
@@ -149,7 +149,7 @@ def test_the_full_mobilenet_has_its_published_macs():
 def test_costs_are_exact_where_float32_and_int32_are_not(traced):
     graph = traced("BothEnds").graph
     unit = graph.units[0]
-    big = Cost(
+    big = PolynomialCost(
         "macs",
         graph.units,
         7,

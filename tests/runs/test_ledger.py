@@ -101,6 +101,10 @@ def test_phases_are_kept_in_their_order(tmp_path):
     ]
     Ledger(folder, World.single()).begin()
     assert folder.read_json("ledger.json") == written, "a resumed run leaves it until it knows more"
+    again = Ledger(folder, World.single())
+    again.begin()
+    again.record("search", 3, Spent(30, 20, 1.5))
+    assert folder.read_json("ledger.json")["phases"] == written["phases"]
     assert written["warnings"] == ["careful"]
     assert written["command"] == "dmcp train"
     assert written["device"]

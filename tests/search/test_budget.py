@@ -31,10 +31,12 @@ def test_a_bound_is_a_number_a_string_or_a_share(graph):
 
 def test_decimal_fractions_are_exact():
     """In binary floating point 2.01 * 10**6 is below 2010000 and 29 / 100 * 100 below 29."""
+    from dmcp.cost import METRICS
     from dmcp.search.budget import _parse
 
-    assert _parse("macs", "2.01M", full=10**9) == 2_010_000
-    assert [_parse("macs", "100%", full=full) for full in range(1, 200)] == list(range(1, 200))
+    macs = METRICS["macs"]
+    assert _parse(macs, "2.01M", full=10**9) == 2_010_000
+    assert [_parse(macs, "100%", full=full) for full in range(1, 200)] == list(range(1, 200))
 
 
 @pytest.mark.parametrize(

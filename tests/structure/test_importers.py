@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import dmcp
 from dmcp.errors import StructureError
 from dmcp.graph import ChannelGraph
-from dmcp.structure import Structure, read_structure
+from dmcp.structure import Structure
+from dmcp.structure.importers import read_structure
 
 Traced = Callable[..., ChannelGraph]
 
@@ -172,6 +173,7 @@ PICKLES = {
     "class changed": b"cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.",
     "plain": pickle.dumps({"conv1": 3}),
     "empty": b"",
+    "deep key": b"\x80\x03}N" + 300_000 * b"\x85" + b"K\x01s.",
     "deep": b"\x80\x03" + 10_000 * b"(" + b"N" + 10_000 * b"t" + b".",
 }
 
@@ -192,6 +194,22 @@ def test_an_array_of_numbers_is_refused(tmp_path: Path, graph: ChannelGraph) -> 
     np.save(tmp_path / "sample.npy", np.arange(3))
     with pytest.raises(StructureError, match=r"it holds \[3\] items of int64, not one object"):
         read_structure(tmp_path / "sample.npy", graph)
+
+
+SCALAR, DTYPE = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy\ndtype\n"
+
+
+@pytest.mark.parametrize("scalar", [SCALAR + b")\x81", SCALAR + DTYPE + b")\x81U\x01a\x86R"])
+def test_a_number_that_is_made_without_arguments_is_refused(
+    tmp_path: Path, graph: ChannelGraph, scalar: bytes
+) -> None:
+    path = tmp_path / "sample.npy"
+    np.save(path, {})  # type: ignore[arg-type]
+    head = path.read_bytes().partition(b"\n")[0] + b"\n"
+    array = b"\x80\x02cnumpy._core.multiarray\n_reconstruct\n)R(K\x01)" + DTYPE + b")R\x89]"
+    path.write_bytes(head + array + b"}U\x05conv1" + scalar + b"satb.")
+    with pytest.raises(StructureError, match="conv1 must be an int, got an object of type Scalar"):
+        read_structure(path, graph)
 
 
 @FAST
@@ -363,6 +381,9 @@ def test_the_first_number_of_autoslim_that_does_not_fit_is_named(
 
 def test_yaml_without_lists_is_refused(tmp_path: Path, graph: ChannelGraph) -> None:
     path = tmp_path / "other.yml"
+    path.write_text("channel_num_list:\n  - [1, 2]\n  - [3,\n     4]\n")
+    with pytest.raises(StructureError, match=r"'- \[3,' is no list in brackets on one line"):
+        read_structure(path, graph)
     path.write_text("num_gpus: 4\nlists:\n  - [1, 2]\n")
     with pytest.raises(StructureError, match="it has no lists under channel_num_list"):
         read_structure(path, graph)
@@ -429,6 +450,15 @@ def test_a_torch_file_of_code_is_refused(tmp_path: Path, graph: ChannelGraph) ->
     with pytest.raises(StructureError, match="history must be an array, got None"):
         read_structure(path, graph)
     assert not mark.exists()
+
+
+def test_a_row_of_a_file_without_lists_is_refused(tmp_path: Path, graph: ChannelGraph) -> None:
+    write(tmp_path / "history.json", HISTORY)
+    Structure({"stem": 4}).save(tmp_path / "widths.json")
+    np.save(tmp_path / "sample.npy", {})  # type: ignore[arg-type]
+    for path in tmp_path.iterdir():
+        with pytest.raises(StructureError, match="it is no file of several lists, and has no nu"):
+            read_structure(Path(f"{path}#1"), graph)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path, graph: ChannelGraph) -> None:

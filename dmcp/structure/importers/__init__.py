@@ -76,11 +76,13 @@ def open_structure(path: Path) -> Structure | Importer:
 
 
 def _opened(suffix: str, data: bytes, row: int | None) -> Structure | Importer:
-    if suffix == ".npy":
-        return partial(from_npy, read_npy(data))
     if suffix in (".yml", ".yaml"):
         return partial(from_autoslim, read_yaml(data), row=row)
-    parsed = parse_json(data)
+    parsed = None if suffix == ".npy" else parse_json(data)
+    if row is not None and (not isinstance(parsed, list) or is_history(parsed)):
+        raise StructureError(f"it is no file of several lists, and has no number {row}")
+    if suffix == ".npy":
+        return partial(from_npy, read_npy(data))
     if is_mmrazor(parsed):
         return partial(from_mmrazor, parsed)
     if is_history(parsed):

@@ -15,6 +15,7 @@ of the classes; the network's own are kept.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from itertools import dropwhile, islice
 from typing import Any
@@ -69,7 +70,7 @@ def read_yaml(data: bytes) -> list[Any]:
     """The lists under ``channel_num_list:`` of a YAML file, each in brackets on a line.
 
     Raises:
-        StructureError: there are none.
+        StructureError: there are none, or others.
     """
     lines = data.decode(errors="replace").splitlines()
     below = dropwhile(lambda line: not line.startswith("channel_num_list:"), lines)
@@ -78,6 +79,8 @@ def read_yaml(data: bytes) -> list[Any]:
         entry = line.partition("#")[0].strip()
         if re.fullmatch(r"- *\[[\d, ]*\]", entry):
             rows.append(parse_json(entry.removeprefix("-").encode()))
+        elif entry and line[0] in " -":
+            raise StructureError(f"{reprlib.repr(entry)} is no list in brackets on one line")
         elif entry:
             break
     if not rows:

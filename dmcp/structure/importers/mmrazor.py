@@ -59,7 +59,7 @@ _UNITS = {
     },
 }
 
-_NAME = re.compile(r"(?P<module>.+)_\((?P<start>\d+), (?P<end>\d+)\)_(?P<channels>\d+)")
+_NAME = re.compile(r"(?P<module>.+)_\((?P<start>\d{1,9}), (?P<end>\d{1,9})\)_(?P<channels>\d{1,9})")
 
 
 def is_mmrazor(data: Any) -> bool:

@@ -28,6 +28,9 @@ from dmcp.graph import ChannelGraph
 from dmcp.structure.importers.claims import Claim, widths_of
 from dmcp.structure.structure import Structure
 
+_LARGEST_PICKLE = 2**16
+"""Bytes; ResNet-152's has a tenth. Millions of nested tuples as a key would overflow the stack."""
+
 
 def from_npy(settings: Any, graph: ChannelGraph) -> Structure:
     """The structure that such a dict describes, for `dmcp.models`' network of the same name.
@@ -70,9 +73,11 @@ def read_npy(data: bytes) -> Any:
 class _Inert:
     """Stands for something of NumPy's in a pickle: remembers what it is made from, does nothing."""
 
+    arguments: tuple[Any, ...] = ()  # of the class too: a pickle may make objects without __init__
+    state: Any = None
+
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
-        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -105,7 +110,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_opcodes(pickled: bytes) -> None:
-    """Refuse a pickle that is cut off, or that would make the unpickler allocate what it says."""
+    """Refuse a pickle that is cut off, too large, or would make the unpickler allocate what it
+    says."""
+    if len(pickled) > _LARGEST_PICKLE:
+        raise StructureError(f"the pickle has over {_LARGEST_PICKLE:,} bytes")
     for opcode, argument, _ in pickletools.genops(pickled):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(pickled):
             raise StructureError(f"the pickle has a memo of {argument} entries")
