@@ -24,7 +24,8 @@ def check(form: str, network: Network, exported: Network, inputs: Sequence[Tenso
         The largest difference, relative to the largest value of the output it is in.
 
     Raises:
-        ExportError: it is above `TOLERANCE`, or the outputs are of other numbers or shapes.
+        ExportError: it is above `TOLERANCE`, or the outputs are of other numbers, types or
+                shapes.
     """
     rows = len(inputs[0])
     worst = 0.0
@@ -38,11 +39,14 @@ def check(form: str, network: Network, exported: Network, inputs: Sequence[Tenso
             raise ExportError(
                 f"the {form} form does not run on a batch of {size}: {reason}: nothing was written"
             ) from error
-        shapes = [[list(each.shape) for each in outputs] for outputs in (expected, got)]
+        shapes = [
+            [f"{str(each.dtype).removeprefix('torch.')} {[*each.shape]}" for each in outputs]
+            for outputs in (expected, got)
+        ]
         if shapes[0] != shapes[1]:
             raise ExportError(
-                f"the {form} form gives outputs {shapes[1]}, the network {shapes[0]}: "
-                "nothing was written"
+                f"the {form} form gives outputs {', '.join(shapes[1])}, the network "
+                f"{', '.join(shapes[0])}: nothing was written"
             )
         for one, other in zip(expected, got, strict=True):
             worst = max(worst, difference(one, other))

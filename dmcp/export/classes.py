@@ -7,11 +7,12 @@ do differ become the parameters of its constructor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
-from dmcp.export.expression import Call, Expression, call, lines, literal
+from dmcp.export.expression import Call, Expression, call, is_name, lines, literal
 from dmcp.export.forward import Forward
 from dmcp.export.layers import Layer, Value
 
@@ -103,9 +104,8 @@ class ModuleClass:
         return body if body[-1] else body[:-1]
 
     def _init(self, parameters: dict[int, str]) -> list[str]:
-        first = self.instances[0]
         typed = dict.fromkeys(
-            f"{name}: {type(first[place].value).__name__}" for place, name in parameters.items()
+            f"{name}: {self._types(place)}" for place, name in parameters.items()
         )
         header = Call("__init__", tuple(("", each) for each in ("self", *typed)))
         texts = iter(self._texts(parameters))
@@ -115,12 +115,18 @@ class ModuleClass:
         for (attribute, source), (_, tree) in zip(built, self.members, strict=True):
             if isinstance(tree, Tensors) and not tree.trained:
                 body += lines(call("self.register_buffer", literal(attribute), source), 2)
-            elif not attribute.isidentifier() and attribute:
+            elif attribute and not is_name(attribute):
                 body += lines(call("self.add_module", literal(attribute), source), 2)
             elif attribute:
                 body += lines(source, 2, f"self.{attribute} = ")
         body += [line for tie in self.ties for line in lines(tie, 2)]
         return [*lines(header, 1, "def ", " -> None:"), *body]
+
+    def _types(self, place: int) -> str:
+        """The types that a value has, of all modules of this class."""
+        found = (values[place].value for values in self.instances)
+        names = ("None" if each is None else type(each).__name__ for each in found)
+        return " | ".join(dict.fromkeys(names))
 
     def _texts(self, parameters: dict[int, str]) -> list[str | None]:
         """The source of every value, None for one that can be left out."""
@@ -208,7 +214,7 @@ def _source(tree: Tree, texts: Iterator[str | None]) -> Expression:
 
 def _unused(name: str, attribute: str, taken: set[str]) -> str:
     """A name for a parameter: ``in_channels``, ``conv1_channels``, ``stride``."""
-    place = attribute.replace(".", "_") or "layer"
+    place = re.sub(r"\W|^(?=\d)", "_", attribute) or "layer"
     kind = name.removeprefix("out_")
     choices = [name] if kind == name else []
     choices += [f"{place}_{kind}", *(f"{place}_{kind}{number}" for number in range(2, 1000))]

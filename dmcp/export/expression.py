@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import keyword
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,16 +44,23 @@ def literal(value: object) -> str:
         ValueError: it has none.
     """
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)  # which quotes and escapes as Python does
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool):
         return repr(value)
+    if isinstance(value, int | float):  # not as a subclass shows itself, NumPy's or an enum
+        return (int if isinstance(value, int) else float).__repr__(value)
     if isinstance(value, torch.dtype | torch.memory_format):
         return str(value)
     if isinstance(value, list | tuple):
         return sequence(value, [literal(each) for each in value])
     raise ValueError(f"{type(value).__name__} has no source")
+
+
+def is_name(text: str) -> bool:
+    """Whether Python takes it as the name of an attribute or a class."""
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 def sequence(kind: object, parts: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,6 +24,7 @@ def staged(folder: Path) -> Iterator[Path]:
                 if file.is_file():
                     file.replace(folder / file.name)
     except BaseException:
-        for each in made:
-            each.rmdir()
+        with suppress(OSError):  # another may have written there meanwhile
+            for each in made:
+                each.rmdir()
         raise

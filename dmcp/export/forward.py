@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 import operator
 import re
 from collections import Counter
@@ -18,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from dmcp.errors import ExportError
 from dmcp.export.calls import Scope, is_number
-from dmcp.export.expression import Expression, call, lines, literal, sequence
+from dmcp.export.expression import Expression, call, is_name, lines, literal, sequence
 from dmcp.export.operators import Read, Training, assignment, express, is_light, name_of
 
-_RESERVED = {"F", "batch", "float", "inputs", "nn", "out", "self", "torch"}
+_GLOBALS = {"F", "batch", "float", "nn", "torch"}
+_RESERVED = {*_GLOBALS, "inputs", "out", "self"}
 _DEPTH = 2
 
 
@@ -32,11 +32,13 @@ class Program:
     Attributes:
         state: qualified names of the parameters and buffers, by the value that holds one.
         layers: qualified names of the modules that are called as layers of ``torch.nn``.
+        numbered: qualified names of the modules whose children are read by their places.
         inputs_of_network: in the order of its signature.
     """
 
     state: Mapping[Node, str]
     layers: frozenset[str]
+    numbered: frozenset[str]
     inputs_of_network: tuple[Node, ...]
 
     def inputs(self, scope: Scope) -> list[Node]:
@@ -48,22 +50,22 @@ class Program:
     def path(self, node: Node, scope: Scope) -> str | None:
         """``self.bias``: how a module reads a parameter or buffer of its own."""
         name = self.state.get(node)
-        return None if name is None else access(scope.module, name)
+        return None if name is None else self.access(scope.module, name)
 
-
-def access(owner: str, name: str) -> str | None:
-    """``self.blocks[0].bias``: how a module reads what has this qualified name; None if it is not
-    inside of it."""
-    prefix = f"{owner}." if owner else ""
-    if not name.startswith(prefix):
-        return None
-    source = "self"
-    for part in name.removeprefix(prefix).split("."):
-        if part.isdigit():
-            source += f"[{part}]"
-        else:
-            source += f".{part}" if part.isidentifier() else f'.get_submodule("{part}")'
-    return source
+    def access(self, owner: str, name: str) -> str | None:
+        """``self.blocks[0].bias``: how a module reads what has this qualified name; None if it is
+        not inside of it."""
+        prefix = f"{owner}." if owner else ""
+        if not name.startswith(prefix):
+            return None
+        source, at = "self", owner
+        for part in name.removeprefix(prefix).split("."):
+            if at in self.numbered and part.isdigit():
+                source += f"[{part}]"
+            else:
+                source += f".{part}" if is_name(part) else f".get_submodule({literal(part)})"
+            at = f"{at}.{part}" if at else part
+        return source
 
 
 @dataclass
@@ -167,7 +169,8 @@ class _Writer:
         torch.fx.map_arg((step.args, step.kwargs), reads.append)
         own = [node for node in reads if not is_number(node)]
         own = [node for node in own if self.program.path(node, self.scope) is None]
-        symbol = assignment(step)
+        # A parameter or buffer is no variable that could be assigned to.
+        symbol = assignment(step) if own[:1] == [step.args[0]] else None
         return [
             _Step(
                 own,
@@ -194,7 +197,7 @@ class _Writer:
         reads, writes = self.program.inputs(scope), scope.outputs()
         if not writes and not reads:
             return []
-        function = access(self.scope.module, scope.module)
+        function = self.program.access(self.scope.module, scope.module)
         if function is None:
             raise ExportError(
                 f"{scope.module or 'the network'} is called by {self.scope.module}, which does not "
@@ -203,7 +206,7 @@ class _Writer:
         is_layer = scope.module in self.program.layers
         light = is_layer and all(is_light(node) for node in scope.nodes())
         label = scope.module.rpartition(".")[2]
-        label = "out" if is_layer or not label.isidentifier() else label
+        label = "out" if is_layer or not is_name(label) else label
         return [
             _Step(reads, [*writes], lambda read: call(function, *map(read, reads)), light, label)
         ]
@@ -281,7 +284,7 @@ class _Writer:
 
     def _fresh(self, label: str, live: set[str]) -> str:
         taken = live | {self.names[node] for node in self.inputs if node in self.names}
-        if label in _RESERVED or keyword.iskeyword(label):
+        if label in _RESERVED:
             label = "out"
         numbered = (f"{label}{number}" for number in count(2))
         return next(name for name in chain(["x", label], numbered) if name not in taken)
@@ -291,6 +294,7 @@ class _Writer:
             return ["*inputs: Tensor"]
         if not self.scope.module:
             names = [str(node.target) for node in self.inputs]
+            names = [f"{name}_" if name in _GLOBALS else name for name in names]
         elif len(self.inputs) <= len("xyz"):
             names = list("xyz")[: len(self.inputs)]
         else:

@@ -105,5 +105,7 @@ def _silent() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an exporter or a runtime says."""
+    """The first line of what an exporter or a runtime says is at the bottom of it."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -276,15 +276,15 @@ def _reversed_difference(arguments: Arguments, read: Read) -> Expression:
     return _binary(_atom(read(arguments["other"])), "-", _atom(read(arguments["self"])))
 
 
-def _itself(arguments: Arguments, read: Read) -> Expression:
-    return read(arguments["self"])
+def _copy(arguments: Arguments, read: Read) -> Expression:
+    return call(f"{_atom(read(arguments['self']))}.clone")
 
 
 _TO_THE_END = sys.maxsize
 _SPECIAL: dict[str, Callable[[Arguments, Read], Expression]] = {
     "embedding": _embedding,
     "index": _advanced,
-    "lift_fresh_copy": _itself,
+    "lift_fresh_copy": _copy,
     "reshape": _reshape("reshape"),
     "rsub": _reversed_difference,
     "select": _select,

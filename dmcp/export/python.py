@@ -91,7 +91,9 @@ def load_python(path: str | Path) -> nn.Module:
     module = ModuleType(path.stem)
     module.__file__ = str(path)
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
+        # As an import compiles it: without the ``__future__`` of this file here.
+        code = compile(path.read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
+        exec(code, vars(module))
         network: nn.Module = module.load()
     except Exception as error:
         raise ExportError(f"{path.name} cannot be run: {type(error).__name__}: {error}") from error

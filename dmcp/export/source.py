@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -14,7 +15,8 @@ from torch.utils import _pytree as pytree
 from dmcp.errors import ExportError
 from dmcp.export.calls import Scope, calls_of
 from dmcp.export.classes import Classes, Instance, ModuleClass, Stack, Tensors, Tree
-from dmcp.export.forward import Forward, Program, access, forward_of
+from dmcp.export.expression import is_name
+from dmcp.export.forward import Forward, Program, forward_of
 from dmcp.export.layers import Layer, layer_of
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -65,10 +67,12 @@ class _Writer:
                 state[values[spec.arg.name]] = name
             if spec.kind is InputKind.CONSTANT_TENSOR:
                 self.constants[name] = program.constants[name]
-        of_calls = Program(state, frozenset(), inputs)
+        every = dict(model.named_modules(remove_duplicate=False))
+        numbered = frozenset(name for name, module in every.items() if _is_numbered(module))
+        of_calls = Program(state, frozenset(), numbered, inputs)
         self.layers = {
             name: layer
-            for name, module in model.named_modules(remove_duplicate=False)
+            for name, module in every.items()
             if name and self._is_called_plainly(name, of_calls) and (layer := layer_of(module))
         }
         self.program = replace(of_calls, layers=frozenset(self.layers))
@@ -87,7 +91,8 @@ class _Writer:
         ties = {name: first.setdefault(id(each), name) for name, each in named.items()}
         ties = {name: other for name, other in ties.items() if name != other}
         made = self._class("", self.model).made
-        made.ties = tuple(f"{access('', name)} = {access('', ties[name])}" for name in ties)
+        access = partial(self.program.access, "")
+        made.ties = tuple(f"{access(name)} = {access(other)}" for name, other in ties.items())
         lines = self.classes.source()
         return Source(made.name, lines, named, bool(ties))
 
@@ -114,7 +119,7 @@ class _Writer:
             members = [("", tree) for tree in self._numbered(name, module)]
         for key, tensor in {**module._parameters, **module._buffers, **self._held(name)}.items():
             if tensor is not None:
-                if not key.isidentifier():
+                if not is_name(key):
                     raise ExportError(f"{name} holds a tensor named {key!r}, no name in Python")
                 shape, dtype = tuple(tensor.shape), str(tensor.dtype)
                 members.append((key, Tensors(shape, dtype, isinstance(tensor, nn.Parameter))))
@@ -191,8 +196,10 @@ def _title(name: str, module: nn.Module) -> str:
     kind = type(module)
     if not kind.__module__.startswith("torch."):
         title = kind.__name__.lstrip("_")
-        return title[:1].upper() + title[1:]
-    if not name:
-        return "Network"
-    place = next((part for part in reversed(name.split(".")) if not part.isdigit()), "block")
-    return "".join(part[:1].upper() + part[1:] for part in re.split("_+", place)) or "Block"
+        title = title[:1].upper() + title[1:]
+    elif name:
+        place = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+        title = "".join(part[:1].upper() + part[1:] for part in re.split(r"[\W_]+", place))
+    else:
+        title = "Network"
+    return title if is_name(title) else "Block"

@@ -57,10 +57,16 @@ class TorchNetwork:
 
     Args:
         path: a file of your own, see `to_torch`.
+
+    Raises:
+        ExportError: PyTorch cannot load it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._module = torch.export.load(path).module()
+        try:
+            self._module = torch.export.load(path).module()
+        except Exception as error:
+            raise ExportError(f"torch.export cannot load {path}: {error}") from error
 
     def __call__(self, *inputs: Tensor) -> object:
         return self._module(*inputs)

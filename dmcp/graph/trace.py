@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph.capture import capture
 from dmcp.graph.channel_graph import ChannelGraph
-from dmcp.graph.partition import Partition, tie
-from dmcp.graph.proof import prove
 from dmcp.graph.tensors import tensor_of
-from dmcp.graph.tracer import Tracer
 from dmcp.graph.units import ChannelUnit
+
+if TYPE_CHECKING:
+    from dmcp.graph.tracer import Tracer
 
 
 def trace(
@@ -55,6 +55,10 @@ def trace(
             names the line), or not be checked (it cannot be copied, or run on the CPU).
         ConfigError: an option names no unit, or ties units of different sizes.
     """
+    # Not with the package: the rules are a quarter of it.
+    from dmcp.graph.partition import Partition
+    from dmcp.graph.proof import prove
+
     inputs, keywords = _arguments(example_inputs)
     images = _batch([*inputs, *keywords.values()])
     programs = [capture(model, inputs, keywords, training=False)]
@@ -85,6 +89,8 @@ def _follow(
 ) -> Tracer:
     """Run the rules over the evaluation pass, and over the training pass for what runs only there;
     its layers cost nothing later."""
+    from dmcp.graph.tracer import Tracer
+
     tracer = Tracer(model, images, larger)
     tracer.run(programs[0])
     flow, counted = tracer.nodes, tracer.counted
@@ -123,6 +129,8 @@ def _meets_more(model: nn.Module, tracer: Tracer) -> bool:
 def _tie(tracer: Tracer, groups: Sequence[Sequence[str]]) -> None:
     if not groups:
         return
+    from dmcp.graph.partition import Partition, tie
+
     units = {unit.name: unit for unit in Partition(tracer).units}
     for group in groups:
         unknown = [name for name in group if name not in units]

@@ -39,7 +39,7 @@ class ChannelSearch(Callback):
     goes on with it: `dmcp.hand_over` gives it the optimizers' momentum.
 
     Limits: automatic optimization and one process; the model is a submodule of the
-    ``LightningModule``, not the ``LightningModule`` itself. A metric object that ``training_step``
+    ``LightningModule``, not the ``LightningModule`` itself, and not compiled. A metric object that ``training_step``
     updates counts the sub-networks as well. A checkpoint from after the hand-over holds the small
     network: load it into a module with ``dmcp.extract(net.graph, widths)``. Another callback that
     averages weights has to start after the hand-over. Where the fit ends with it,
@@ -83,9 +83,15 @@ class ChannelSearch(Callback):
         """
         if self.widths is not None:
             return
-        if not any(module is self.net.graph.model for module in pl_module.modules()):
+        held_as = {name for _, name in self._places(pl_module)}
+        if not held_as:
             raise ConfigError(
                 f"net: {type(pl_module).__name__} does not hold the model that it was made of"
+            )
+        if "_orig_mod" in held_as:
+            raise ConfigError(
+                "ChannelSearch needs a model that is not compiled: torch.compile would go on with "
+                "the whole network"
             )
         if not pl_module.automatic_optimization:
             raise ConfigError(
@@ -95,6 +101,7 @@ class ChannelSearch(Callback):
         if trainer.world_size > 1:
             raise ConfigError(f"ChannelSearch runs in one process, not in {trainer.world_size}")
         resumed = self._resumed or self.state_dict()  # of a checkpoint, of the fit before
+        self._resumed = {}
         _follow_to(self.net, pl_module.device)
         self.search = LoopSearch(self.net, self.budget, self.steps, self.options, seed=self.seed)
         if resumed:
@@ -137,10 +144,8 @@ class ChannelSearch(Callback):
             return
         self.widths = search.expected_widths()
         small = hand_over(self.net.graph, self.widths, optimizers=trainer.optimizers)
-        for module in [*pl_module.modules()]:
-            for name, child in module._modules.items():
-                if child is self.net.graph.model:
-                    module._modules[name] = small
+        for module, name in self._places(pl_module):
+            module._modules[name] = small
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the search is not over."""
@@ -160,6 +165,16 @@ class ChannelSearch(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the search of a checkpoint when the fit starts."""
         self._resumed = state_dict
+
+    def _places(self, pl_module: LightningModule) -> list[tuple[nn.Module, str]]:
+        """The modules that hold the model, and the names they hold it by."""
+        model = self.net.graph.model
+        return [
+            (module, name)
+            for module in pl_module.modules()
+            for name, child in module._modules.items()
+            if child is model
+        ]
 
 
 def _follow_to(net: MarkovNet, device: Any) -> None:

@@ -67,6 +67,7 @@ class LoopSearch(ChainSearch):
         seed: int = 0,
     ) -> None:
         super().__init__(net, budget, steps, options, seed)
+        self._scaler = GradScaler(enabled=False)
 
     def step(self, loss_of: LossOf, scaler: GradScaler | None = None) -> dict[str, Tensor]:
         """The search's part of an iteration, after the backward pass of the widest network.
@@ -74,7 +75,8 @@ class LoopSearch(ChainSearch):
         Args:
             loss_of: computes the loss of the batch, a 0-d tensor, with the net as it then is, in
                 your ``torch.autocast`` if there is one.
-            scaler: that of your gradients. It is asked to step α, too; updating it is yours.
+            scaler: that of your gradients, which this adds to before they are unscaled; α has one
+                of its own.
 
         Returns:
             0-d tensors, detached and on the device: ``subnet_loss``, the mean over the
@@ -113,6 +115,7 @@ class LoopSearch(ChainSearch):
             "chains": self.net.chains.state_dict(),
             "arch_optimizer": self.arch_optimizer.state_dict(),
             "budget_loss": self.budget_loss.state_dict(),
+            "scaler": self._scaler.state_dict(),
             "generator": self.generator.get_state(),
         }
 
@@ -130,19 +133,32 @@ class LoopSearch(ChainSearch):
             self.net.chains.load_state_dict(state["chains"])
             restore(self.arch_optimizer, state["arch_optimizer"])
             self.budget_loss.load_state_dict(state["budget_loss"])
+            if state["scaler"]:
+                self._scaler = self._new_scaler()
+                self._scaler.load_state_dict(state["scaler"])
             self.generator.set_state(state["generator"])
             self.step_index = state["step_index"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError("the state is of another network") from error
 
     def _architecture_step(self, loss_of: LossOf, scaler: GradScaler) -> dict[str, Tensor]:
+        if scaler.is_enabled() and not self._scaler.is_enabled():
+            # The loop's own would step α once between its updates: gradients may be accumulated.
+            self._scaler = self._new_scaler(scaler.get_scale())
         with self._architecture_pass() as budget:
             loss = self._called(loss_of)
             # Not for what else the loss depends on, whose gradients the loop has gathered.
             alphas = self.net.architecture_parameters()
-            scaler.scale(loss + budget).backward(inputs=alphas)
-        scaler.step(self.arch_optimizer)
+            self._scaler.scale(loss + budget).backward(inputs=alphas)
+        self._scaler.step(self.arch_optimizer)
+        self._scaler.update()
+        # The loop's optimizer may hold α, too, and leaves alone what has no gradient.
+        self.arch_optimizer.zero_grad(set_to_none=True)
         return {"masked_loss": loss.detach(), "budget_loss": budget.detach()}
+
+    def _new_scaler(self, scale: float = 1.0) -> GradScaler:
+        device = self.net.architecture_parameters()[0].device
+        return GradScaler(device.type, init_scale=scale)
 
     def _called(self, loss_of: LossOf) -> Tensor:
         """The loss; a model beside the net would be searched without a sign of it."""

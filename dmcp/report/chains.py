@@ -122,11 +122,14 @@ class Chains:
 
     def _fit(self) -> bool:
         """Whether the parts fit each other, and the probabilities are those of a chain."""
+        full = np.array([[*self.units.values()]])
         return (
             self.choices.keys() == self.retain.keys() <= self.units.keys()
             and bool(self.costs)
             and all(cost._fits(len(self.units)) for cost in self.costs.values())
             and all(cost.budget > 0 for cost in self.costs.values())
+            and all(np.isfinite(cost.of(full)).all() for cost in self.costs.values())
+            and all(metric.isidentifier() for metric in self.costs)  # files are named after them
             and all(_is_chain(q, self.choices[unit]) for unit, q in self.retain.items())
         )
 

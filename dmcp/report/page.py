@@ -118,7 +118,7 @@ def _template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(files("dmcp.report").joinpath("page.html.j2").read_text())
+    return environment.from_string(files("dmcp.report").joinpath("page.html.j2").read_text("utf-8"))
 
 
 def _draw(picture: Picture, section: Section) -> tuple[Shown, list[Path]]:

@@ -81,6 +81,9 @@ class Run:
                 ("results.json", _check_results),
             )
         )
+        kind = (config or {}).get("kind", "search")
+        if results is not None and ("networks" in results) == (kind == "compare"):
+            raise CheckpointError(f"{path / 'results.json'} is not that of a {kind} run")
         return cls(
             path,
             config,

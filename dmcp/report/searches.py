@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dmcp.errors import CheckpointError
 from dmcp.report.chains import Chains
+from dmcp.report.front import DENSE
 from dmcp.runs import RunFolder
 
 OWN = "search.json"
@@ -48,7 +49,7 @@ def structures_of(search: Path, chains: Chains) -> Mapping[str, Mapping[str, flo
             return {folder.path.name: folder.read_json("found.json")[budget]["widths"]}
         if (folder.path / "results.json").exists():
             structures: dict[str, dict[str, float]] = folder.read_json("results.json")["widths"]
-            return {name: structure for name, structure in structures.items() if name != "dense"}
+            return {name: structure for name, structure in structures.items() if name != DENSE}
         if (folder.path / "widths.json").exists():
             return {"dmcp": folder.read_json("widths.json")["widths"]}
     except (KeyError, TypeError, AttributeError):

@@ -139,12 +139,9 @@ class Family:
 
     def table(self) -> Table:
         """A line for each network, with means over seeds."""
-        cells: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-        for row in self.rows:
-            cells[row["method"], row["budget"]].append(row)
         lines = [
             [
-                method,
+                same[0]["method"],
                 same[0]["bound"],
                 str(len(same)),
                 _count(mean(row["macs"] for row in same)),
@@ -153,7 +150,7 @@ class Family:
                 _percent([row["top5"] for row in same]),
                 _seconds(mean(row["seconds"] for row in same)),
             ]
-            for (method, _), same in cells.items()
+            for same in self._cells()
         ]
         columns = ("network", "budget", "runs", "MACs", "params", "top-1 %", "top-5 %", "seconds")
         return Table("", columns, lines, texts=2)
@@ -161,12 +158,21 @@ class Family:
     @property
     def repeated(self) -> bool:
         """Whether a network was trained with several seeds."""
-        kinds = [(row["method"], row["budget"]) for row in self.rows]
-        return len(set(kinds)) < len(kinds)
+        return len(self._cells()) < len(self.rows)
 
     def published(self) -> list[Table]:
         """See `published_tables`."""
-        return published_tables(self.rows)
+        return published_tables(
+            {**same[0], **{key: mean(row[key] for row in same) for key in ("macs", "top1")}}
+            for same in self._cells()
+        )
+
+    def _cells(self) -> list[list[Mapping[str, Any]]]:
+        """The rows, those that differ in their seed alone together."""
+        cells: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+        for row in self.rows:
+            cells[row["method"], row["budget"]].append(row)
+        return list(cells.values())
 
 
 def families(runs: Iterable[Run]) -> list[Family]:
@@ -176,8 +182,8 @@ def families(runs: Iterable[Run]) -> list[Family]:
         if run.kind != "compare" and run.results is not None:
             network = _network(run)
             keys = ("model", "model_options", "data", "image_size")
-            key = json.dumps([network.get(key) for key in keys] or run.name, sort_keys=True)
-            members[key].append(run)
+            values = [network.get(key) for key in keys]
+            members[json.dumps(values if any(values) else run.name, sort_keys=True)].append(run)
     return [Family(_family_name(same[0]), _rows(same)) for same in members.values()]
 
 
@@ -210,9 +216,12 @@ def _family_name(run: Run) -> str:
 
 def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The networks of runs; where runs differ in more than seed and budget, methods say which."""
-    settings: dict[str, str] = {}
+    first: dict[str, Run] = {}
     for run in runs:
-        settings.setdefault(_setting(run), run.name)
+        first.setdefault(_setting(run), run)
+    settings = {setting: run.name for setting, run in first.items()}
+    if len(set(settings.values())) < len(settings):
+        settings = {setting: str(run.path) for setting, run in first.items()}
     rows = []
     for run in runs:
         setting = _setting(run)

@@ -35,7 +35,7 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
     """
     data = open_network_data(config.network)
     ledger = Ledger(folder, machine.world, machine.command)
-    job = Job(config.network, data, folder, machine, ledger=ledger)
+    job = Job(config.network, data, folder, machine, config.exclude, ledger)
     model = job.build()
     graph = trace(model, job.example(), exclude=config.exclude)
     grid = (config.groups, config.divisor, config.min_width)

@@ -158,6 +158,19 @@ def test_a_checkpoint_in_the_middle_of_a_search(callback, make_module, fit, load
         assert torch.equal(first, second)
 
 
+def test_a_fit_after_a_resumed_one_goes_on_from_there(callback, make_module, fit, loader, tmp_path):
+    saved = None
+    for epochs in (1, 2):
+        module = make_module()
+        search = callback(make_net(module), BUDGET, 20, OPTIONS)
+        with pytest.warns(UserWarning, match="of 20 steps"):
+            trainer = fit(module, loader, epochs, search, resume=saved)
+        saved = tmp_path / "middle.ckpt"
+        trainer.save_checkpoint(saved)
+    with pytest.warns(UserWarning, match="ended after 12 of 20 steps"):
+        fit(module, loader, 1, search)
+
+
 def test_sub_networks_train_what_the_module_trains_and_log_nothing(
     callback, make_module, fit, loader
 ):
@@ -180,6 +193,11 @@ def test_what_cannot_be_searched_is_refused(callback, make_module, fit, loader):
     module, other = make_module(), make_module()
     with pytest.raises(ConfigError, match="Module does not hold the model"):
         fit(module, loader, 1, callback(make_net(other), BUDGET, 4))
+    compiled = make_module()
+    net = make_net(compiled)
+    compiled.wrapped[0] = torch.compile(compiled.wrapped[0], backend="eager")
+    with pytest.raises(ConfigError, match="a model that is not compiled"):
+        fit(compiled, loader, 1, callback(net, BUDGET, 4))
     module.automatic_optimization = False
     with pytest.raises(ConfigError, match="automatic optimization"):
         fit(module, loader, 1, callback(make_net(module), BUDGET, 4))

@@ -129,6 +129,42 @@ def test_scaled_gradients_move_chains_as_unscaled_ones(make):
     assert_same(*ended)
 
 
+def test_gradients_of_several_calls_are_scaled_together(make):
+    net = make()
+    search = LoopSearch(net, dmcp.Budget(macs="50%"), STEPS, SearchOptions(warmup=0.0))
+    optimizer = torch.optim.SGD(net.weight_parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    images, labels = batch(0)
+
+    def loss_of():
+        return F.cross_entropy(net(images), labels) / 2
+
+    for _ in range(2):
+        before = alphas(net)
+        scaler.scale(loss_of()).backward()
+        search.step(loss_of, scaler)
+        assert (alphas(net) != before).all()
+    scaler.step(optimizer)
+    scaler.update()
+
+    state = search.state_dict()
+    assert state["scaler"]["scale"] == 256
+    resumed = LoopSearch(make(), dmcp.Budget(macs="50%"), STEPS, SearchOptions(warmup=0.0))
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["scaler"] == state["scaler"]
+
+
+def test_an_optimizer_of_the_whole_net_leaves_chains_alone(make):
+    net = make()
+    search = LoopSearch(net, dmcp.Budget(macs="50%"), STEPS, SearchOptions(warmup=0.0))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    images, labels = batch(0)
+    search.step(lambda: F.cross_entropy(net(images), labels))
+    before = alphas(net)
+    optimizer.step()
+    assert torch.equal(alphas(net), before)
+
+
 def test_what_else_the_loss_depends_on_learns_from_networks_alone(make):
     """The masked network moves α, and nothing that the loop trains."""
     net = make()

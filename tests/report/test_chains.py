@@ -110,6 +110,10 @@ def broken(description: dict[str, Any], how: str) -> Any:
             data["retain"][unit][0] = 1.5
         case "not a number":
             data["retain"][unit][0] = float("nan")
+        case "a cost that is not a number":
+            data["costs"]["macs"]["coefficients"][0][1] = float("nan")
+        case "a cost that is a path":
+            data["costs"] = {"../macs": data["costs"]["macs"]}
         case "another network's cost":
             data["costs"]["macs"]["coefficients"] = [[1.0]]
         case "what another method found":
@@ -127,6 +131,8 @@ def broken(description: dict[str, Any], how: str) -> Any:
         "gates that are no chain",
         "a probability above one",
         "not a number",
+        "a cost that is not a number",
+        "a cost that is a path",
         "another network's cost",
         "what another method found",
     ],

@@ -64,6 +64,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, folder: str) -> None:
         ("chains.jsonl", '{"step": 1, "retain": {"a": 0.5}}\n', "does not hold the records"),
         ("results.json", '{"networks": [{"network": "dmcp"}]}', "is not that of a run"),
         ("results.json", "{}", "is not that of a run"),
+        ("results.json", '{"rows": [], "records": []}', "is not that of a search run"),
         ("ledger.json", '{"phases": {"search": {}}}', "is not that of a run"),
         ("ledger.json", "[]", "holds a list, not an object"),
         ("config.json", '{"network": 3}', "is not that of a run"),

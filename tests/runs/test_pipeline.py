@@ -282,6 +282,14 @@ def test_two_bounds_and_held_out_architecture_steps(configure, machine, tmp_path
     assert "expected_params" in records(folder, "search")[0]
 
 
+def test_what_is_excluded_stays_whole_in_every_network(configure, machine, tmp_path):
+    folder = RunFolder(tmp_path)
+    config = configure(exclude=("conv1",), search_epochs=1)
+    run_search(config, folder, machine)
+    widths = folder.read_json("results.json")["widths"]
+    assert {name: each["conv1"] for name, each in widths.items()} == dict.fromkeys(widths, 8)
+
+
 def test_train_whole_and_with_widths(finished, network, configure, machine, tmp_path):
     options = configure().train
     whole = RunFolder(tmp_path / "whole")
