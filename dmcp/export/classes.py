@@ -104,9 +104,7 @@ class ModuleClass:
         return body if body[-1] else body[:-1]
 
     def _init(self, parameters: dict[int, str]) -> list[str]:
-        typed = dict.fromkeys(
-            f"{name}: {self._types(place)}" for place, name in parameters.items()
-        )
+        typed = dict.fromkeys(f"{name}: {self._types(place)}" for place, name in parameters.items())
         header = Call("__init__", tuple(("", each) for each in ("self", *typed)))
         texts = iter(self._texts(parameters))
         built = [(attribute, _source(tree, texts)) for attribute, tree in self.members]

@@ -110,6 +110,8 @@ def express(node: Node, read: Read) -> Expression | None:
 
 
 def _binary(left: str, symbol: str, right: str) -> str:
+    if symbol == "**" and left.startswith("-"):
+        left = f"({left})"  # the power comes before the sign
     is_tight = symbol == "**" and all(re.fullmatch(r"[\w.]+", each) for each in (left, right))
     return f"{left}{symbol}{right}" if is_tight else f"{left} {symbol} {right}"
 

@@ -120,7 +120,9 @@ class _Writer:
         for key, tensor in {**module._parameters, **module._buffers, **self._held(name)}.items():
             if tensor is not None:
                 if not is_name(key):
-                    raise ExportError(f"{name} holds a tensor named {key!r}, no name in Python")
+                    raise ExportError(
+                        f"{name or 'the network'} holds a tensor named {key!r}, no name in Python"
+                    )
                 shape, dtype = tuple(tensor.shape), str(tensor.dtype)
                 members.append((key, Tensors(shape, dtype, isinstance(tensor, nn.Parameter))))
         for key, child in module._modules.items():

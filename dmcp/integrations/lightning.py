@@ -39,10 +39,10 @@ class ChannelSearch(Callback):
     goes on with it: `dmcp.hand_over` gives it the optimizers' momentum.
 
     Limits: automatic optimization and one process; the model is a submodule of the
-    ``LightningModule``, not the ``LightningModule`` itself, and not compiled. A metric object that ``training_step``
-    updates counts the sub-networks as well. A checkpoint from after the hand-over holds the small
-    network: load it into a module with ``dmcp.extract(net.graph, widths)``. Another callback that
-    averages weights has to start after the hand-over. Where the fit ends with it,
+    ``LightningModule``, not the ``LightningModule`` itself, and not compiled. A metric object that
+    ``training_step`` updates counts the sub-networks as well. A checkpoint from after the hand-over
+    holds the small network: load it into a module with ``dmcp.extract(net.graph, widths)``. Another
+    callback that averages weights has to start after the hand-over. Where the fit ends with it,
     `dmcp.train.recalibrate_batch_norm` is left to do.
 
     Args:
@@ -121,8 +121,8 @@ class ChannelSearch(Callback):
 
         def loss_of() -> Tensor:
             output = trainer.strategy.training_step(*self._batch)
-            loss: Any = output["loss"] if isinstance(output, Mapping) else output
-            return loss / trainer.accumulate_grad_batches
+            loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
+            return loss
 
         def stand_in(*inputs: Any, **keywords: Any) -> Any:
             return self.net(*inputs, **keywords)
@@ -131,7 +131,7 @@ class ChannelSearch(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         model = self.net.graph.model
         with _replaced(model, "forward", stand_in), _replaced(pl_module, "log", _nothing):
-            metrics = self.search.step(loss_of, scaler)
+            metrics = self.search.step(loss_of, scaler, share=1 / trainer.accumulate_grad_batches)
         pl_module.log_dict({f"search/{name}": value for name, value in metrics.items()})
 
     def on_train_batch_end(

@@ -69,7 +69,9 @@ class LoopSearch(ChainSearch):
         super().__init__(net, budget, steps, options, seed)
         self._scaler = GradScaler(enabled=False)
 
-    def step(self, loss_of: LossOf, scaler: GradScaler | None = None) -> dict[str, Tensor]:
+    def step(
+        self, loss_of: LossOf, scaler: GradScaler | None = None, *, share: float = 1.0
+    ) -> dict[str, Tensor]:
         """The search's part of an iteration, after the backward pass of the widest network.
 
         Args:
@@ -77,6 +79,8 @@ class LoopSearch(ChainSearch):
                 your ``torch.autocast`` if there is one.
             scaler: that of your gradients, which this adds to before they are unscaled; α has one
                 of its own.
+            share: where a loop accumulates gradients of n batches, 1 / n, by which it multiplies
+                the loss itself: ``loss_of`` is the whole one, which α learns from.
 
         Returns:
             0-d tensors, detached and on the device: ``subnet_loss``, the mean over the
@@ -93,7 +97,7 @@ class LoopSearch(ChainSearch):
         for widths in itertools.chain((narrowest(self.net),), self._random_subnets()):
             with self.net.at(widths):
                 loss = self._called(loss_of)
-                scaler.scale(loss).backward()
+                scaler.scale(share * loss).backward()
             losses.append(loss.detach())
         metrics = {"subnet_loss": torch.stack(losses).mean()}
         if self.step_index >= self.warmup_steps:

@@ -4,7 +4,9 @@ import copy
 import importlib.util
 import subprocess
 import sys
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,58 @@ def test_awkward_forward(tmp_path):
     assert found.keys() == expected.keys()
     assert isinstance(found["rest"], tuple)
     assert close(found, expected)
+
+
+class Unusual(nn.Module):
+    """Names that Python has another use for, children numbered at will, a buffer that changes."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("class", "1x1", 'a"), print("run'):
+            self.add_module(name, nn.Sequential(OrderedDict({name: nn.Linear(6, 6)})))
+        self.heads = nn.ModuleDict({"8": nn.Linear(6, 3), "16": nn.Linear(6, 2)})
+        self.act = nn.LeakyReLU(np.float64(0.3))
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, batch):
+        x = batch * torch.ones(batch.shape[0], 1)
+        for module in [*self.children()][:3]:
+            x = module(x)
+        level = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+        level += x.mean()
+        mean = x.mean(0)
+        self.seen += mean
+        x = torch.pow(-2.0, (self.act(x) * level).round())
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+def test_unusual_names_and_state(tmp_path, capfd):
+    model, path, batch = Unusual().eval(), tmp_path / "network.py", torch.randn(4, 6)
+    assert to_python(model, batch, path) <= TOLERANCE
+    network = load_python(path)
+    with torch.no_grad():
+        assert close([network(batch) for _ in range(2)], [model(batch) for _ in range(2)])
+    assert close(network.seen, model.seen)
+    assert capfd.readouterr() == ("", ""), "a name is no code"
+
+
+class Resized(nn.Module):
+    def __init__(self, resize):
+        super().__init__()
+        self.resize = resize
+
+    def forward(self, x):
+        return self.resize(x)
+
+
+def test_an_argument_of_several_types(tmp_path):
+    """What the file says of it can be evaluated where it is imported."""
+    resizes = [nn.Upsample(scale_factor=2.0), nn.Upsample(size=(3, 5))]
+    model, images = nn.Sequential(*map(Resized, resizes)), torch.randn(2, 1, 4, 4)
+    to_python(model, images, tmp_path / "network.py")
+    source = (tmp_path / "network.py").read_text()
+    assert "def __init__(self, size: None | tuple, scale_factor: float | None)" in source
+    assert close(load_python(tmp_path / "network.py")(images), model(images))
 
 
 def test_training_mode(example, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dmcp import extract
-from dmcp.errors import ConfigError
+from dmcp.errors import ConfigError, ExportError
 from dmcp.export import TOLERANCE, TorchNetwork, to_torch
 from dmcp.export.check import difference
 
@@ -36,6 +36,12 @@ def test_it_holds_no_pickled_weights_and_no_example(traced, tmp_path):
     assert entries
     assert not any(entry["use_pickle"] for entry in entries)
     assert not images.any()
+
+
+def test_what_is_no_program(tmp_path):
+    (tmp_path / "network.pt2").write_text("nothing")
+    with pytest.raises(ExportError, match=r"torch\.export cannot load"):
+        TorchNetwork(tmp_path / "network.pt2")
 
 
 def test_another_suffix_is_refused(tmp_path):

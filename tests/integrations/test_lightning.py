@@ -96,13 +96,13 @@ def the_same_by_hand(model, loader, accumulate):
         images, labels = list(loader)[number % len(loader)]
 
         def loss_of(images=images, labels=labels):
-            return F.cross_entropy(net(images), labels) / accumulate
+            return F.cross_entropy(net(images), labels)
 
         if number % accumulate == 0:
             optimizer.zero_grad()
         F.cross_entropy(model(images), labels).div(accumulate).backward()
         if number < SEARCHED:
-            search.step(loss_of)
+            search.step(loss_of, share=1 / accumulate)
         if (number + 1) % accumulate == 0:
             optimizer.step()
         if number == SEARCHED - 1:

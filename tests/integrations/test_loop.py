@@ -137,12 +137,12 @@ def test_gradients_of_several_calls_are_scaled_together(make):
     images, labels = batch(0)
 
     def loss_of():
-        return F.cross_entropy(net(images), labels) / 2
+        return F.cross_entropy(net(images), labels)
 
     for _ in range(2):
         before = alphas(net)
-        scaler.scale(loss_of()).backward()
-        search.step(loss_of, scaler)
+        scaler.scale(loss_of() / 2).backward()
+        search.step(loss_of, scaler, share=1 / 2)
         assert (alphas(net) != before).all()
     scaler.step(optimizer)
     scaler.update()
@@ -152,6 +152,20 @@ def test_gradients_of_several_calls_are_scaled_together(make):
     resumed = LoopSearch(make(), dmcp.Budget(macs="50%"), STEPS, SearchOptions(warmup=0.0))
     resumed.load_state_dict(state)
     assert resumed.state_dict()["scaler"] == state["scaler"]
+
+
+def test_a_share_of_the_gradients_is_for_weights_alone(make):
+    gradients, chains = [], []
+    images, labels = batch(0)
+    for share in (1.0, 0.25):
+        net = make()
+        search = LoopSearch(net, dmcp.Budget(macs="50%"), STEPS, SearchOptions(warmup=0.0))
+        net.zero_grad()
+        search.step(lambda net=net: F.cross_entropy(net(images), labels), share=share)
+        gradients.append([p.grad / share for p in net.weight_parameters()])
+        chains.append(alphas(net))
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(*chains)
 
 
 def test_an_optimizer_of_the_whole_net_leaves_chains_alone(make):
