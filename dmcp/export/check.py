@@ -31,14 +31,8 @@ def check(form: str, network: Network, exported: Network, inputs: Sequence[Tenso
     worst = 0.0
     for size in (1, rows + 1):
         batch = [_probe(each)[torch.arange(size) % rows] for each in inputs]
-        expected = outputs_of(network, batch)
-        try:
-            got = outputs_of(exported, batch)
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ExportError(
-                f"the {form} form does not run on a batch of {size}: {reason}: nothing was written"
-            ) from error
+        expected = _run("the network", network, batch)
+        got = _run(f"the {form} form", exported, batch)
         shapes = [
             [f"{str(each.dtype).removeprefix('torch.')} {[*each.shape]}" for each in outputs]
             for outputs in (expected, got)
@@ -59,10 +53,16 @@ def check(form: str, network: Network, exported: Network, inputs: Sequence[Tenso
 
 
 @torch.no_grad()
-def outputs_of(network: Network, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _run(which: str, network: Network, batch: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that a network gives, in order."""
-    # A copy of each input, for a network may begin with an operator in place.
-    outputs = pytree.tree_leaves(network(*(each.clone() for each in inputs)))
+    try:
+        # A copy of each input, for a network may begin with an operator in place.
+        outputs = pytree.tree_leaves(network(*(each.clone() for each in batch)))
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(
+            f"{which} does not run on a batch of {len(batch[0])}: {reason}: nothing was written"
+        ) from error
     return [each for each in outputs if isinstance(each, Tensor)]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from dmcp.export.calls import is_in_place
 from dmcp.export.expression import Expression, call
 
 Read = Callable[[Any], Expression]
@@ -82,7 +83,7 @@ def is_light(node: Node) -> bool:
 def assignment(node: Node) -> str | None:
     """``+=``, if the operator is arithmetic in place that is written so."""
     name = name_of(node)
-    if name not in ("add", "sub", "mul", "div") or not _is_in_place(node):
+    if name not in ("add", "sub", "mul", "div") or not is_in_place(node):
         return None
     return f"{_SYMBOLS[name]}=" if set(_arguments(node)) == {"self", "other"} else None
 
@@ -98,7 +99,7 @@ def express(node: Node, read: Read) -> Expression | None:
     if not name:
         return None
     arguments = _arguments(node)
-    in_place = _is_in_place(node)
+    in_place = is_in_place(node)
     if name in _SPECIAL:
         return _SPECIAL[name](arguments, read)
     if name in _SYMBOLS and not in_place and len(arguments) == 2 and "alpha" not in arguments:
@@ -114,11 +115,6 @@ def _binary(left: str, symbol: str, right: str) -> str:
         left = f"({left})"  # the power comes before the sign
     is_tight = symbol == "**" and all(re.fullmatch(r"[\w.]+", each) for each in (left, right))
     return f"{left}{symbol}{right}" if is_tight else f"{left} {symbol} {right}"
-
-
-def _is_in_place(node: Node) -> bool:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return bool(node.target._schema.is_mutable)
 
 
 def _arguments(node: Node) -> Arguments:

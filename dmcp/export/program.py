@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from dmcp.errors import ConfigError, TraceError
+from dmcp.errors import ConfigError, ExportError, TraceError
 from dmcp.graph.capture import capture
 
 Example = Tensor | Sequence[Tensor]
@@ -38,8 +38,16 @@ def as_inputs(example: Example) -> tuple[Tensor, ...]:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A copy of a network on the CPU, in evaluation mode."""
-    return copy.deepcopy(model).cpu().eval()
+    """A copy of a network on the CPU, in evaluation mode.
+
+    Raises:
+        ExportError: it cannot be copied, as where it keeps what a forward has computed.
+    """
+    try:
+        return copy.deepcopy(model).cpu().eval()
+    except RuntimeError as error:
+        reason = str(error).split(".")[0]
+        raise ExportError(f"{type(model).__name__} cannot be copied: {reason}") from error
 
 
 def capture_batch(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

@@ -108,8 +108,14 @@ def _axes(graph: ChannelGraph) -> dict[str, Axes]:
     known = {id(tensor_of(graph.model, name)): axes for name, axes in graph.tensors.items()}
     return {
         name: known.get(id(tensor), (None,) * tensor.ndim)
-        for name, tensor in graph.model.state_dict(keep_vars=True).items()
+        for name, tensor in _tensors(graph.model).items()
     }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of its state dict, which may hold other things (``get_extra_state``), too."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _state(
@@ -160,7 +166,7 @@ def _average(
     name = f"averages: {type(average).__name__}"
     if isinstance(average, nn.Module):
         copied = getattr(average, "module", None)
-        if not isinstance(copied, nn.Module) or copied.state_dict().keys() != axes.keys():
+        if not isinstance(copied, nn.Module) or _tensors(copied).keys() != axes.keys():
             raise ConfigError(f"{name} holds no copy of the traced model as its module")
         return extract_steps(replace(graph, model=copied), steps)
     for key, tensor in average.items():

@@ -121,7 +121,7 @@ class ChannelSearch(Callback):
 
         def loss_of() -> Tensor:
             output = trainer.strategy.training_step(*self._batch)
-            loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
+            loss: Any = output["loss"] if isinstance(output, Mapping) else output
             return loss
 
         def stand_in(*inputs: Any, **keywords: Any) -> Any:

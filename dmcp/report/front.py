@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ _APART = 0.005
 
 @dataclass(frozen=True)
 class _Point:
-    """A method at a budget: means over its seeds, and the standard deviation of several."""
+    """A method at a budget: means over its seeds, and the standard deviation: NaN of one."""
 
     macs: float
     top1: float
@@ -105,7 +106,7 @@ def _lines(records: Sequence[Mapping[str, Any]], size: float) -> dict[str, list[
     lines: dict[str, list[_Point]] = defaultdict(list)
     for (method, _), group in seeds.items():
         top1 = [100 * record["top1"] for record in group]
-        deviation = stdev(top1) if len(top1) > 1 else 0.0
+        deviation = stdev(top1) if len(top1) > 1 else nan  # a bar of no length would claim 0
         macs = mean(record["macs"] for record in group) / size
         lines[method].append(_Point(macs, mean(top1), deviation, len(group)))
     return {name: sorted(line, key=lambda point: point.macs) for name, line in lines.items()}

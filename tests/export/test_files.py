@@ -7,7 +7,7 @@ from dmcp.export.files import staged
 
 
 def fail_in(folder, other=None):
-    with pytest.raises(ExportError, match="it failed"), staged(folder) as stage:
+    with staged(folder) as stage:
         (stage / "network.py").write_text("half")
         if other is not None:
             (folder / other).write_text("whole")
@@ -15,10 +15,12 @@ def fail_in(folder, other=None):
 
 
 def test_after_an_error_no_folder_is_left(tmp_path):
-    fail_in(tmp_path / "new" / "export")
+    with pytest.raises(ExportError, match="it failed"):
+        fail_in(tmp_path / "new" / "export")
     assert not [*tmp_path.iterdir()]
 
 
 def test_after_an_error_what_another_wrote_stays(tmp_path):
-    fail_in(tmp_path / "export", other="other.py")
+    with pytest.raises(ExportError, match="it failed"):
+        fail_in(tmp_path / "export", other="other.py")
     assert [each.name for each in (tmp_path / "export").iterdir()] == ["other.py"]

@@ -249,9 +249,26 @@ class Fold(nn.Module):
         return x.sum(2) * x.shape[2]
 
 
+class Keeps(nn.Module):
+    """Something computed: no leaf can be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = torch.ones(3, requires_grad=True) * 2
+
+
+class ForSeveral(nn.Module):
+    """Not for a single image, whose classes it squeezes away."""
+
+    def forward(self, x):
+        return x.squeeze().softmax(1)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
+        (Keeps(), (2, 3), "Keeps cannot be copied: Only Tensors created explicitly"),
+        (ForSeveral(), (2, 3), "the network does not run on a batch of 1: Dimension out of range"),
         (
             Nested(),
             (2, 3),

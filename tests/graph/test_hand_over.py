@@ -297,3 +297,18 @@ def test_strangers_are_refused(double):
         hand_over(graph, {}, averages={"stem.0.bias": torch.zeros(8)})
     with pytest.raises(ConfigError, match="either widths or kept"):
         hand_over(graph)
+
+
+def test_what_modules_save_beside_tensors_stays(double):
+    class Versioned(Tied):
+        def get_extra_state(self):
+            return {"version": 1}
+
+        def set_extra_state(self, state):
+            assert state == {"version": 1}
+
+    graph = dmcp.trace(Versioned().double(), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    average = swa_utils.AveragedModel(graph.model)
+    small = hand_over(graph, half(graph), averages=average)
+    average.update_parameters(small)
+    assert average.module.get_extra_state() == small.get_extra_state()
