@@ -143,10 +143,12 @@ def given(value: int | None, default: int) -> int:
 
 def example_of(recipe: Recipe, options: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """The network that model options ask for, and a batch of images for it."""
-    channels, size, _ = options.get("image") or (3, 224, 224)
-    size, classes = options["image_size"] or size, options.get("classes") or 1000
+    channels, *sides = options.get("image") or (3, 224, 224)
+    classes = options.get("classes") or 1000
+    if options["image_size"]:
+        sides = 2 * [options["image_size"]]
     if options["data"] is not None:
         data = open_data(options["data"], options["image_size"], holdout=0.0)
-        channels, size, classes = data.channels, data.image_size, data.num_classes
-    model = build_network(*model_of(recipe, options), channels, size, classes)
-    return model, torch.zeros(options["batch"], channels, size, size)
+        channels, sides, classes = data.channels, 2 * [data.image_size], data.num_classes
+    model = build_network(*model_of(recipe, options), channels, max(sides), classes)
+    return model, torch.zeros(options["batch"], channels, *sides)

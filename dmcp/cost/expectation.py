@@ -42,7 +42,7 @@ class Expectation:
         left, right: int64 [E], the two axes of every pair.
         is_single: float64 [A, 1], 1 for the axes along which at most one unit moves, else 0.
         sums: int64 [S], the axes along which several units move.
-        members: int64 [S, M], their parts, filled up with the number of parts.
+        members: int64 [S, M], their parts, filled up with the number of parts; M is a power of two.
         part_unit: int64 [P], the unit of each part.
         part_place: int64 [P, C], how many places along the axis each width of it moves.
     """
@@ -100,7 +100,8 @@ class Expectation:
         longest = max([most, *map(len, rows)])
         filled = [row + row[-1:] * (longest - len(row)) for row in rows]
         positions = torch.tensor(filled, dtype=torch.float64).reshape(-1, longest)
-        widest = max(map(len, members), default=0)
+        # A power of two, for `_of_positions`.
+        widest = 1 << (max(map(len, members), default=1) - 1).bit_length()
         return Expectation(
             function=function,
             reach=reach,
@@ -152,8 +153,10 @@ class Expectation:
         parts = parts.scatter_add(1, self.part_place, of_widths[self.part_unit])
         spectra = torch.fft.rfft(parts)
         none = torch.ones_like(spectra[:1])  # the transform of a part that never moves
-        product = torch.cat([spectra, none])[self.members].prod(1)
-        return alone.index_copy(0, self.sums, torch.fft.irfft(product, n=length))
+        factors = torch.cat([spectra, none])[self.members]
+        while factors.shape[1] > 1:  # no `prod`: its gradient waits for the device
+            factors = factors[:, ::2] * factors[:, 1::2]
+        return alone.index_copy(0, self.sums, torch.fft.irfft(factors[:, 0], n=length))
 
     def _moments(self, of_widths: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
         function, left, right = self.function, self.left, self.right

@@ -95,7 +95,7 @@ class LatencyTable:
                 f"latency needs a measured table, and there is no {str(path)!r}: measure one with "
                 f"`{MEASURE} --model … --output {path}`"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise ConfigError(
                 f"{str(path)!r} is not a table of `{MEASURE}` of format {FORMAT}: {error}"
             ) from None

@@ -24,8 +24,8 @@ def check(form: str, network: Network, exported: Network, inputs: Sequence[Tenso
         The largest difference, relative to the largest value of the output it is in.
 
     Raises:
-        ExportError: it is above `TOLERANCE`, or the outputs are of other numbers, types or
-                shapes.
+        ExportError: it is above `TOLERANCE`, the outputs are of other numbers, types or shapes, or
+            one of both does not run.
     """
     rows = len(inputs[0])
     worst = 0.0

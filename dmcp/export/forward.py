@@ -30,13 +30,14 @@ class Program:
     """What the calls of a network refer to.
 
     Attributes:
-        state: qualified names of the parameters and buffers, by the value that holds one.
+        state: qualified names of the parameters and buffers, by the value that holds one; several
+            where they are shared.
         layers: qualified names of the modules that are called as layers of ``torch.nn``.
         numbered: qualified names of the modules whose children are read by their places.
         inputs_of_network: in the order of its signature.
     """
 
-    state: Mapping[Node, str]
+    state: Mapping[Node, Sequence[str]]
     layers: frozenset[str]
     numbered: frozenset[str]
     inputs_of_network: tuple[Node, ...]
@@ -49,8 +50,8 @@ class Program:
 
     def path(self, node: Node, scope: Scope) -> str | None:
         """``self.bias``: how a module reads a parameter or buffer of its own."""
-        name = self.state.get(node)
-        return None if name is None else self.access(scope.module, name)
+        paths = (self.access(scope.module, name) for name in self.state.get(node, ()))
+        return next((path for path in paths if path is not None), None)
 
     def access(self, owner: str, name: str) -> str | None:
         """``self.blocks[0].bias``: how a module reads what has this qualified name; None if it is

@@ -58,13 +58,21 @@ class _Writer:
         for scope in root.scopes():
             self.calls.setdefault(scope.module, []).append(scope)
         values = {node.name: node for node in graph.nodes}
-        state: dict[Node, str] = {}
+        state: dict[Node, list[str]] = {}
+        held = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        names: dict[int, list[str]] = {}
+        for name, tensor in held.items():
+            names.setdefault(id(tensor), []).append(name)
+        self.held, self.names = held, names.values()
         self.constants: dict[str, Tensor] = {}
         inputs = tuple(values[name] for name in program.graph_signature.user_inputs)
         for spec in program.graph_signature.input_specs:
             name = str(spec.target)
             if spec.kind in _STATE:
-                state[values[spec.arg.name]] = name
+                state[values[spec.arg.name]] = names[id(held[name])] if name in held else [name]
             if spec.kind is InputKind.CONSTANT_TENSOR:
                 self.constants[name] = program.constants[name]
         every = dict(model.named_modules(remove_duplicate=False))
@@ -82,19 +90,12 @@ class _Writer:
         self.classes = Classes()
 
     def write(self) -> Source:
-        named = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-            **self.constants,
-        }
-        first: dict[int, str] = {}
-        ties = {name: first.setdefault(id(each), name) for name, each in named.items()}
-        ties = {name: other for name, other in ties.items() if name != other}
+        ties = {name: first for first, *others in self.names for name in others}
         made = self._class("", self.model).made
         access = partial(self.program.access, "")
         made.ties = tuple(f"{access(name)} = {access(other)}" for name, other in ties.items())
         lines = self.classes.source()
-        return Source(made.name, lines, named, bool(ties))
+        return Source(made.name, lines, {**self.held, **self.constants}, bool(ties))
 
     def _is_called_plainly(self, name: str, program: Program) -> bool:
         """Whether every call takes one tensor and gives one."""

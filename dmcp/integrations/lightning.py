@@ -74,6 +74,7 @@ class ChannelSearch(Callback):
         self.widths: dict[str, int] | None = None
         self._resumed: Mapping[str, Any] = {}
         self._batch: tuple[Any, ...] = ()
+        self._has_stepped = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the search where the model now is.
@@ -113,10 +114,12 @@ class ChannelSearch(Callback):
         """Remember the batch."""
         has_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
         self._batch = (batch, batch_idx) if has_index else (batch,)
+        self._has_stepped = False
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The search's part of the iteration."""
-        if self.search is None or self.widths is not None:
+        search = self.search
+        if search is None or search.step_index == search.steps:
             return
 
         def loss_of() -> Tensor:
@@ -131,16 +134,23 @@ class ChannelSearch(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         model = self.net.graph.model
         with _replaced(model, "forward", stand_in), _replaced(pl_module, "log", _nothing):
-            metrics = self.search.step(loss_of, scaler, share=1 / trainer.accumulate_grad_batches)
+            metrics = search.step(loss_of, scaler, share=1 / trainer.accumulate_grad_batches)
         pl_module.log_dict({f"search/{name}": value for name, value in metrics.items()})
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """The gradients that were gathered are about to be used."""
+        self._has_stepped = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """After the last step of the search, go on with the small network."""
+        """After the last step of the search, and the optimizers' next, go on with the small
+        network."""
         self._batch = ()
         search = self.search
         if search is None or self.widths is not None or search.step_index < search.steps:
+            return
+        if not self._has_stepped:
             return
         self.widths = search.expected_widths()
         small = hand_over(self.net.graph, self.widths, optimizers=trainer.optimizers)

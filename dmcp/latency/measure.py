@@ -69,7 +69,14 @@ class _Grids:
 
     def shown(self, axes: Sequence[Axis], levels: Levels) -> list[tuple[int, ...]]:
         """The nodes of some axes at which a structure of these levels is."""
-        return [n for n in self.nodes_of(axes) if self.joint(axes, n).items() <= levels.items()]
+        return [
+            *product(
+                *(
+                    [n for n in range(self.length(axis)) if fits(self.levels(axis, n))]
+                    for axis in axes
+                )
+            )
+        ]
 
     def joint(self, axes: Sequence[Axis], nodes: Sequence[int]) -> Levels:
         """The levels of all units on some axes that share none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class Runtime:
         if self.name not in RUNTIMES:
             raise ConfigError(f"runtime must be one of {', '.join(RUNTIMES)}, got {self.name!r}")
         kind = self.device.partition(":")[0]
-        if kind not in ("cpu", "cuda"):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device must be cpu, cuda or cuda:<number>, got {self.device!r}")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device is {self.device!r}, but torch finds no CUDA GPU")

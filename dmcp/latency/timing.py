@@ -70,10 +70,10 @@ def _wait(device: torch.device) -> None:
 def _outer_rank(count: int) -> int:
     """The largest k for which at most 2.5 % of all samples have their median below the k-th
     smallest of ``count`` values, counted from 0."""
-    chance, below = 0.5**count, 0.0
+    ways, below = 1, 0  # exactly: 0.5**count is no float for large counts
     for rank in range(count // 2):
-        below += chance
-        if below > 0.025:
+        below += ways
+        if 40 * below > 2**count:
             return max(rank - 1, 0)
-        chance *= (count - rank) / (rank + 1)
-    return max((count - 1) // 2, 0)
+        ways = ways * (count - rank) // (rank + 1)
+    return 0

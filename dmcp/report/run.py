@@ -152,7 +152,9 @@ def _check_results(results: dict[str, Any]) -> None:
         rows = [*results["rows"], *results["records"]]
         numbers, texts = ["macs", "params", "top1"], ["method", "track", "budget"]
     for row in rows:
-        _ = [float(row[name]) for name in numbers], [row[name] for name in texts]
+        if not all(isinstance(row[name], int | float) for name in numbers):
+            raise TypeError(f"{numbers} must be numbers")
+        _ = [row[name] for name in texts]
 
 
 def _read(path: Path, parse: Any) -> Any:

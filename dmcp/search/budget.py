@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -59,7 +60,7 @@ class Budget:
     def to_json(self) -> dict[str, Any]:
         """The bounds as plain JSON data; of a latency table, the hash of what it holds."""
         data = {"macs": self.macs, "params": self.params, "memory": self.memory}
-        if isinstance(self.latency_table, LatencyTable):
+        if self.latency_ms is not None and isinstance(self.latency_table, LatencyTable):
             data |= {"latency_ms": self.latency_ms, "latency_table": self.latency_table.digest}
         return data
 
@@ -154,7 +155,7 @@ def _parse(metric: Metric, bound: str | float, full: float) -> float:
 
 
 def _positive(metric: Metric, bound: str | float, value: float | Fraction) -> float:
-    if not 0 < value < float("inf"):
+    if not 0 < value <= sys.float_info.max:
         raise BudgetError(f"budget {metric.bound} must be positive and finite, got {bound!r}")
     return float(value) if metric.measured else int(value)
 

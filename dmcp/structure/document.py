@@ -78,7 +78,7 @@ def check_schema(value: Any, rules: Mapping[str, Any], name: str = "") -> None:
     """Hold a value against the part of JSON Schema that `schema` uses.
 
     Args:
-        value: parsed JSON.
+        value: JSON data, parsed or to be written.
         rules: the schema.
         name: of the value, for the message.
 
@@ -98,8 +98,10 @@ def check_schema(value: Any, rules: Mapping[str, Any], name: str = "") -> None:
     elif isinstance(value, list):
         least, most = rules.get("minItems", 0), rules.get("maxItems", math.inf)
         _require(least <= len(value) <= most, name, f"have {_count(least, most)} items", value)
+        first = rules.get("prefixItems", ())
         for index, item in enumerate(value if "items" in rules else ()):
-            check_schema(item, rules["items"], f"{name}[{index}]")
+            rule = first[index] if index < len(first) else rules["items"]
+            check_schema(item, rule, f"{name}[{index}]")
     elif isinstance(value, str):
         least = rules.get("minLength", 0)
         _require(len(value) >= least, name, f"have {_count(least, math.inf)} characters", value)
@@ -116,6 +118,8 @@ def _check_object(value: dict[str, Any], rules: Mapping[str, Any], name: str) ->
         if key not in value:
             raise StructureError(f"{_field(name, key)} is missing")
     for key, item in value.items():
+        if not isinstance(key, str):
+            raise StructureError(f"{name or 'it'} must have strings as names, got {_repr(key)}")
         if key not in properties and others is False:
             raise StructureError(f"{_field(name, key)} is unknown")
         rule = properties.get(key, others)

@@ -19,8 +19,12 @@ def graph_hash(graph: ChannelGraph) -> str:
 
     It covers every unit's name, channels and step, every parameter and buffer's name and shape, and
     which channel of which unit each position of its dimensions carries. It does not depend on
-    weights, devices, dtypes or Python objects, on the order in which modules are registered, on the
-    widths that a search may choose from, or on where the model's code lies.
+    weights, devices, dtypes or Python objects, on the widths that a search may choose from, on
+    where the model's code lies, or on the order in which modules are registered; but a parameter
+    that several modules share is known by the name that is registered first.
+
+    A wrapper whose module is called otherwise gives another hash, as ``torch.compile`` does, which
+    puts ``_orig_mod.`` before all names: trace the model itself.
     """
     names = [unit.name for unit in graph.units]
     # By the rank of its name, so that the order in which units were found does not matter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,9 @@ from dmcp.train.checkpoint import write_atomically
 
 FORMAT = "dmcp-structure"
 VERSION = 1
+LARGEST_IMAGE = 2**28
+"""Numbers: 1 GB, before the first layer."""
+
 _ABOUT = ("model", "model_kwargs", "image", "classes", "budget", "provenance", "note")
 
 
@@ -30,8 +34,18 @@ def _nothing() -> Mapping[str, Any]:
     return MappingProxyType({})
 
 
+class _Sent:
+    """Read-only mappings can be neither pickled nor copied: a dataclass that is made again can."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
+        return type(self), tuple(
+            dict(value) if isinstance(value, MappingProxyType) else value for value in values
+        )
+
+
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(_Sent):
     """Where a structure was found, and what finding it has cost; None for what is not known.
 
     Attributes:
@@ -58,7 +72,7 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Structure:
+class Structure(_Sent):
     """How many channels each unit of a network keeps, and where that is from.
 
         structure = Structure.of(graph, search.expected_widths(), model="resnet18")
@@ -81,7 +95,7 @@ class Structure:
         note: for people.
 
     Raises:
-        StructureError: the fields contradict each other.
+        StructureError: a field is not as `schema` says, or they contradict each other.
     """
 
     widths: Mapping[str, int]
@@ -99,10 +113,20 @@ class Structure:
 
     def __post_init__(self) -> None:
         if self.kept is not None:
-            kept = {name: tuple(indices) for name, indices in self.kept.items()}
-            _check_ascent(kept, self.widths)
+            kept = {name: tuple(_integers(name, each)) for name, each in self.kept.items()}
             object.__setattr__(self, "kept", MappingProxyType(kept) if kept else None)
+        if self.image is not None:
+            object.__setattr__(self, "image", tuple(map(_plain, self.image)))
+        object.__setattr__(self, "classes", _plain(self.classes))
         _freeze(self, "widths", "model_kwargs", "channels", "budget", "metrics")
+        document = self.to_json()
+        document.pop("kept", None)  # integers: a network says which
+        check_schema(document, schema())
+        if math.prod(self.image or ()) > LARGEST_IMAGE:
+            raise StructureError(
+                f"model['image'] must have at most {LARGEST_IMAGE:,} numbers, got {self.image}"
+            )
+        _check_ascent(self.kept or {}, self.widths)
         for name, width in self.widths.items() if self.channels else ():
             if name not in self.channels:
                 raise StructureError(f"widths[{name!r}]: graph.channels has no such unit")
@@ -222,7 +246,7 @@ class Structure:
         model = {
             "name": self.model,
             "options": dict(self.model_kwargs),
-            "image": self.image and list(self.image),
+            "image": None if self.image is None else list(self.image),
             "classes": self.classes,
         }
         known = {each.name: getattr(self.provenance, each.name) for each in fields(Provenance)}
@@ -230,9 +254,8 @@ class Structure:
             "format": FORMAT,
             "version": VERSION,
             **_given(
-                model=_given(**model) if self.model is not None else None,
-                graph=self.graph_hash
-                and {"hash": self.graph_hash, "channels": dict(self.channels)},
+                model=_given(**model),
+                graph=_given(hash=self.graph_hash, channels=dict(self.channels)),
             ),
             "widths": dict(self.widths),
             **_given(
@@ -240,7 +263,7 @@ class Structure:
                 budget=dict(self.budget),
                 metrics=dict(self.metrics),
                 provenance=_given(**{**known, "versions": dict(self.provenance.versions)}),
-                note=self.note,
+                note=self.note or None,
             ),
         }
 
@@ -302,17 +325,26 @@ def installed() -> dict[str, str]:
 
 def _freeze(owner: object, *names: str) -> None:
     for name in names:
-        object.__setattr__(owner, name, MappingProxyType(dict(getattr(owner, name))))
+        values = {key: _plain(value) for key, value in getattr(owner, name).items()}
+        object.__setattr__(owner, name, MappingProxyType(values))
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number instead of NumPy's or PyTorch's."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _given(**values: Any) -> dict[str, Any]:
     """Those that say something."""
-    return {name: value for name, value in values.items() if value not in (None, "", {})}
+    return {name: value for name, value in values.items() if value not in (None, {})}
 
 
 def _integers(name: str, indices: Tensor | Sequence[int]) -> list[int]:
-    found = torch.as_tensor(indices)
-    whole = not found.is_floating_point() and found.dtype != torch.bool
+    try:
+        found = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):  # of what are no numbers, or none that fit
+        found = torch.tensor(0)
+    whole = not (found.is_floating_point() or found.is_complex()) and found.dtype != torch.bool
     if found.ndim != 1 or (len(found) and not whole):
         raise StructureError(f"kept[{name!r}] must be a list of channel indices")
     return found.tolist()

@@ -213,6 +213,7 @@ def test_tied_weights_stay_tied(tmp_path):
     to_python(Tied(), torch.randn(2, 6), tmp_path / "tied.py")
     network = load_python(tmp_path / "tied.py")
     assert network.decode.weight is network.encode.weight
+    assert "self.encode(x)" in (tmp_path / "tied.py").read_text()
 
 
 def test_double_precision(tmp_path):

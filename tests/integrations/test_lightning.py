@@ -86,10 +86,10 @@ def make_net(module):
     return dmcp.MarkovNet(module.wrapped[0], torch.zeros(2, 3, 8, 8), groups=4, divisor=1)
 
 
-def the_same_by_hand(model, loader, accumulate):
+def the_same_by_hand(model, loader, searched, accumulate):
     """The loop that Lightning runs, written out."""
     net = dmcp.MarkovNet(model, torch.zeros(2, 3, 8, 8), groups=4, divisor=1).train()
-    search = LoopSearch(net, BUDGET, SEARCHED, OPTIONS, seed=5)
+    search = LoopSearch(net, BUDGET, searched, OPTIONS, seed=5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     for number in range(IN_ALL):
@@ -101,22 +101,25 @@ def the_same_by_hand(model, loader, accumulate):
         if number % accumulate == 0:
             optimizer.zero_grad()
         F.cross_entropy(model(images), labels).div(accumulate).backward()
-        if number < SEARCHED:
+        if number < searched:
             search.step(loss_of, share=1 / accumulate)
         if (number + 1) % accumulate == 0:
             optimizer.step()
-        if number == SEARCHED - 1:
+        if number == SEARCHED - 1:  # after the step that uses the last gradients of the search
             model = dmcp.hand_over(net.graph, search.expected_widths(), optimizers=optimizer)
         if (number + 1) % len(loader) == 0:
             schedule.step()
     return search.expected_widths(), model.state_dict()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_fit_searches_and_goes_on(callback, make_module, fit, loader, accumulate):
+@pytest.mark.parametrize(
+    ("searched", "accumulate"), [(SEARCHED, 1), (SEARCHED, 2), (SEARCHED - 1, 2)]
+)
+def test_a_fit_searches_and_goes_on(callback, make_module, fit, loader, searched, accumulate):
     module = make_module()
-    widths, weights = the_same_by_hand(copy.deepcopy(module.wrapped[0]).train(), loader, accumulate)
-    search = callback(make_net(module), BUDGET, SEARCHED, OPTIONS, seed=5)
+    model = copy.deepcopy(module.wrapped[0]).train()
+    widths, weights = the_same_by_hand(model, loader, searched, accumulate)
+    search = callback(make_net(module), BUDGET, searched, OPTIONS, seed=5)
     trainer = fit(module, loader, 3, search, accumulate_grad_batches=accumulate)
 
     assert search.widths == widths
@@ -130,7 +133,7 @@ def test_a_fit_searches_and_goes_on(callback, make_module, fit, loader, accumula
     assert optimizer.param_groups[0]["params"] == list(small.parameters())
     assert optimizer.param_groups[0]["lr"] == 0.01 / 8
     assert float(optimizer.state[small.stem[0].weight]["step"]) == IN_ALL / accumulate
-    passes = SEARCHED * 2 + (SEARCHED - search.search.warmup_steps)
+    passes = searched * 2 + (searched - search.search.warmup_steps)
     assert module.calls == IN_ALL + passes
     assert trainer.callback_metrics["search/expected_macs"] > 0
     assert trainer.callback_metrics["search/masked_loss"] > 0

@@ -66,9 +66,6 @@ def open_structure(path: Path) -> Structure | Importer:
     row = None
     if name is not None and not path.exists():
         path, row = Path(name[1]), int(name[2])
-    if path.suffix in (".pt", ".pth") and path.is_file():
-        with _blaming(path):
-            return _of(path, partial(from_history, read_history(path)))
     data = read_bytes(path)
     with _blaming(path):
         found = _opened(path.suffix, data, row)
@@ -78,11 +75,13 @@ def open_structure(path: Path) -> Structure | Importer:
 def _opened(suffix: str, data: bytes, row: int | None) -> Structure | Importer:
     if suffix in (".yml", ".yaml"):
         return partial(from_autoslim, read_yaml(data), row=row)
-    parsed = None if suffix == ".npy" else parse_json(data)
+    parsed = None if suffix in (".npy", ".pt", ".pth") else parse_json(data)
     if row is not None and (not isinstance(parsed, list) or is_history(parsed)):
         raise StructureError(f"it is no file of several lists, and has no number {row}")
     if suffix == ".npy":
         return partial(from_npy, read_npy(data))
+    if suffix in (".pt", ".pth"):
+        return partial(from_history, read_history(data))
     if is_mmrazor(parsed):
         return partial(from_mmrazor, parsed)
     if is_history(parsed):

@@ -28,8 +28,11 @@ from dmcp.graph import ChannelGraph
 from dmcp.structure.importers.claims import Claim, widths_of
 from dmcp.structure.structure import Structure
 
-_LARGEST_PICKLE = 2**16
-"""Bytes; ResNet-152's has a tenth. Millions of nested tuples as a key would overflow the stack."""
+_LARGEST_PICKLE = 2**20
+"""Bytes; a long pruning history beside the names of the weights has a tenth."""
+
+_MOST_TUPLES = 2**14
+"""Each holds the one before, at worst; as a key, a hundred thousand would overflow the stack."""
 
 
 def from_npy(settings: Any, graph: ChannelGraph) -> Structure:
@@ -61,7 +64,7 @@ def read_npy(data: bytes) -> Any:
         if shape != () or dtype != np.dtype(object):
             raise StructureError(f"it holds {list(shape)} items of {dtype}, not one object")
         pickled = file.read()
-        _check_opcodes(pickled)
+        check_opcodes(pickled)
         array = _Unpickler(io.BytesIO(pickled)).load()
         return _only_item(array)
     except StructureError:
@@ -109,14 +112,22 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def _check_opcodes(pickled: bytes) -> None:
-    """Refuse a pickle that is cut off, too large, or would make the unpickler allocate what it
-    says."""
+def check_opcodes(pickled: bytes) -> None:
+    """Refuse a pickle that would make the unpickler allocate what it says, or overflow the stack.
+
+    Raises:
+        StructureError: it would, or is too large.
+        ValueError: it is cut off, or no pickle.
+    """
     if len(pickled) > _LARGEST_PICKLE:
         raise StructureError(f"the pickle has over {_LARGEST_PICKLE:,} bytes")
+    tuples = 0
     for opcode, argument, _ in pickletools.genops(pickled):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(pickled):
             raise StructureError(f"the pickle has a memo of {argument} entries")
+        tuples += opcode.name.startswith("TUPLE")
+    if tuples > _MOST_TUPLES:
+        raise StructureError(f"the pickle has over {_MOST_TUPLES:,} tuples")
 
 
 def _only_item(array: Any) -> Any:

@@ -12,7 +12,8 @@ It is kept as JSON, or in a file of ``torch.save`` by itself or as ``"pruning"``
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+import zipfile
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dmcp.graph import ChannelGraph
 from dmcp.graph.units import FIXED, AxisMap
 from dmcp.structure.document import check_schema
 from dmcp.structure.importers.claims import axis_of
+from dmcp.structure.importers.npy import check_opcodes
 from dmcp.structure.structure import Structure
 
 _HISTORY = {"type": "array", "items": {"type": "array", "minItems": 3, "maxItems": 3}}
@@ -35,18 +37,31 @@ def is_history(data: Any) -> bool:
     return isinstance(first, list) and bool(first) and isinstance(first[0], str)
 
 
-def read_history(path: Path) -> Any:
+def read_history(data: bytes) -> Any:
     """The history in a file of ``torch.save``, which runs no code.
 
     Raises:
         StructureError: it is no such file, or holds more than tensors and plain data.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(data)
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, all with the same meaning here
         reason = next(iter(str(error).splitlines()), "")
         raise StructureError(f"it is no torch file of plain data: {reason}") from None
-    return data.get("pruning") if isinstance(data, dict) else data
+    return found.get("pruning") if isinstance(found, dict) else found
+
+
+def _check_archive(data: bytes) -> None:
+    """Refuse what ``torch.load`` would crash on, or unpack without bounds."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise StructureError("its parts are compressed")
+        pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise StructureError(f"it has {len(pickles)} parts data.pkl, not one")
+        check_opcodes(archive.read(pickles[0]))
 
 
 def from_history(history: Any, graph: ChannelGraph) -> Structure:
