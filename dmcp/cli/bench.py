@@ -24,6 +24,7 @@ from dmcp.cli.options import (
     recipe_of,
 )
 from dmcp.cost import TABLE, LatencyTable, cost
+from dmcp.errors import ConfigError
 from dmcp.graph import ChannelGraph, trace
 from dmcp.latency import RUNTIMES, Runtime, measure_latency
 from dmcp.search import MarkovNet
@@ -74,6 +75,8 @@ def latency(
     What was measured before on this machine is not measured again: an interrupted command
     continues, and a second network costs what is new in it.
     """
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {str(output.parent)!r}")
     recipe = recipe_of(options)
     place = Runtime(runtime, device_of(device), given(threads, torch.get_num_threads()))
     model, example = example_of(recipe, {**options, "batch": batch})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dmcp import models
 from dmcp.errors import ConfigError
@@ -15,6 +18,9 @@ FORMS = (
     "widths.json of a run, a published structure's name, or a file of DMCP's code (.npy), MMRazor, "
     "AutoSlim or Torch-Pruning"
 )
+
+_OPTIONS = {"width", "in_channels", "small_images"}
+"""Of the package's own networks; images decide the last two."""
 
 _WIDEST = 16
 """Times; as far as a file's word is taken before its network is built."""
@@ -49,24 +55,26 @@ def _open(widths: str) -> Structure | Importer:
 
 
 def _on(widths: str, structure: Structure) -> Importer:
-    """`Structure.on`, for a network that the images did not make another one than is pruned.
-
-    Strides and the channels of images need not show in the graph's hash.
-    """
+    """`Structure.on`, which refuses the variant of the network that is for other images."""
 
     def on(graph: ChannelGraph) -> Structure:
-        stem = graph.model.conv1 if structure.model in models.names() else None
-        built = stem and {"small_images": stem.stride == (1, 1), "in_channels": stem.in_channels}
-        for name, value in (built or {}).items():
-            said = structure.model_kwargs.get(name, value)
-            if said != value:
-                raise ConfigError(
-                    f"structure {widths!r} prunes a network whose {name} is {said!r}, but the "
-                    f"images make it {value!r}: see --data and --size"
-                )
+        if structure.model in models.names():
+            _check_variant(widths, structure.model_kwargs, graph.model.get_submodule("conv1"))
         return structure.on(graph)
 
     return on
+
+
+def _check_variant(widths: str, options: Mapping[str, Any], stem: nn.Module) -> None:
+    """Hold the options that images decide against the network: strides are in no graph's hash."""
+    assert isinstance(stem, nn.Conv2d)
+    built = {"in_channels": stem.in_channels, "small_images": stem.stride == (1, 1)}
+    for name, value in built.items():
+        if options.get(name, value) != value:
+            raise ConfigError(
+                f"structure {widths!r} prunes a network whose {name} is {options[name]!r}, but the "
+                f"images make it {value!r}: see --data and --size"
+            )
 
 
 def _pruned(widths: str, structure: Structure, options: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +89,14 @@ def _pruned(widths: str, structure: Structure, options: dict[str, Any]) -> dict[
                 f"structure {widths!r} prunes a network in a file, {model}: name it with --model"
             )
         return images
-    width = structure.model_kwargs.get("width", 1.0 if model in models.names() else None)
+    own = model in models.names()
+    others = structure.model_kwargs.keys() - (_OPTIONS if own else set())
+    if others:
+        raise ConfigError(
+            f"structure {widths!r} prunes {model!r} with model.options that no command builds it "
+            f"with: {', '.join(sorted(others))}"
+        )
+    width = structure.model_kwargs.get("width", 1.0 if own else None)
     if isinstance(width, str | bool) or (width or 0) > _WIDEST:
         raise ConfigError(
             f"structure {widths!r}: model.options.width must be a number of at most {_WIDEST}, "

@@ -54,7 +54,7 @@ class Interpolation:
         top = nodes.gather(-1, last[:, None]).squeeze(-1)
         positions = torch.minimum(positions.clamp(min=nodes[:, 0]), top)
         below = (positions[..., None] >= nodes).sum(-1) - 1
-        below = torch.minimum(below, (last - 1).clamp(min=0))
+        below = torch.minimum(below, last - 1)
         expanded = nodes.expand(*positions.shape, -1)
         low = expanded.gather(-1, below[..., None]).squeeze(-1)
         high = expanded.gather(-1, below[..., None] + 1).squeeze(-1)
@@ -88,11 +88,12 @@ class Interpolation:
             KeyError, TypeError, ValueError: the data are something else.
         """
         nodes, weights = data["nodes"], data["weights"]
-        longest = max(map(len, nodes), default=2)
-        if any(len(row) < 2 or row != sorted(set(row)) for row in nodes):
+        if not nodes or any(len(row) < 2 or row != sorted(set(row)) for row in nodes):
             raise ValueError(f"nodes must ascend, two of them or more on each axis, got {nodes}")
-        if len(weights) != len(nodes) or len(data["single"]) != len(nodes):
+        lengths = [*map(len, nodes)]
+        if len(weights) != len(nodes) or [*map(len, data["single"])] != lengths:
             raise ValueError("weights, nodes and single must be of the same axes")
+        longest = max(lengths)
         places = torch.tensor(data["places"], dtype=torch.int64).reshape(-1, 2)
         pairs = torch.zeros(len(places), longest, longest, dtype=torch.float64)
         for square, values in zip(pairs, data["pairs"], strict=True):

@@ -20,9 +20,13 @@ def staged(folder: Path) -> Iterator[Path]:
         # Inside the folder, because a rename is atomic only inside one file system.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as stage:
             yield Path(stage)
-            for file in sorted(Path(stage).iterdir()):
-                if file.is_file():
-                    file.replace(folder / file.name)
+            files = [each for each in Path(stage).iterdir() if each.is_file()]
+            for file in files:
+                if (folder / file.name).is_dir():
+                    raise IsADirectoryError(f"{folder / file.name} is a folder")
+            # The code last: a kill in between leaves none that has no weights.
+            for file in sorted(files, key=lambda file: file.suffix == ".py"):
+                file.replace(folder / file.name)
     except BaseException:
         with suppress(OSError):  # another may have written there meanwhile
             for each in made:

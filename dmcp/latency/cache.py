@@ -22,17 +22,20 @@ class TimingCache:
     Args:
         folder: of the files.
         setting: what the timings depend on beside the signature, plain JSON data.
+        rounds: of the timings that are added; those of fewer rounds do not count.
     """
 
-    def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, setting: Mapping[str, Any], rounds: int) -> None:
         text = json.dumps(setting, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = folder / f"{name}.jsonl"
+        self._rounds = rounds
         self._held: dict[str, Timing] = {}
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         if not lines:
-            self.path.write_text(text + "\n")
+            with self.path.open("a") as file:  # others may begin it at the same time
+                file.write(text + "\n")
         for line in lines[1:]:
             self._read(line)
 
@@ -48,7 +51,7 @@ class TimingCache:
     def add(self, timings: Mapping[str, Timing]) -> None:
         """Keep what was measured."""
         lines = [
-            json.dumps({"signature": signature, **asdict(timing)})
+            json.dumps({"signature": signature, "rounds": self._rounds, **asdict(timing)})
             for signature, timing in timings.items()
         ]
         with self.path.open("a") as file:
@@ -59,10 +62,12 @@ class TimingCache:
     def _read(self, line: str) -> None:
         try:
             data = json.loads(line)
+            signature, rounds = data["signature"], data["rounds"]
             timing = Timing(data["median"], data["low"], data["high"])
         except (ValueError, KeyError, TypeError):
             return  # the line that an interruption cut short
-        self._held[data["signature"]] = timing
+        if rounds >= self._rounds:
+            self._held[signature] = timing
 
 
 def cache_folder() -> Path:

@@ -69,14 +69,11 @@ class _Grids:
 
     def shown(self, axes: Sequence[Axis], levels: Levels) -> list[tuple[int, ...]]:
         """The nodes of some axes at which a structure of these levels is."""
-        return [
-            *product(
-                *(
-                    [n for n in range(self.length(axis)) if fits(self.levels(axis, n))]
-                    for axis in axes
-                )
-            )
+        of_axes = [
+            [n for n in range(self.length(axis)) if self.levels(axis, n).items() <= levels.items()]
+            for axis in axes
         ]
+        return list(product(*of_axes))
 
     def joint(self, axes: Sequence[Axis], nodes: Sequence[int]) -> Levels:
         """The levels of all units on some axes that share none."""
@@ -136,16 +133,17 @@ def measure_latency(
             were measured now.
 
     Raises:
-        ConfigError: points or rounds below 2; a network of which a part depends on too many widths,
-            or which computes something else at other widths.
+        ConfigError: points or rounds below 2; a network without searchable units, of which a part
+            depends on too many widths, or which computes something else at other widths.
         TraceError: the network cannot be captured at some widths.
     """
     runtime = runtime or Runtime()
     if points < 2 or rounds < 2:
         raise ConfigError(f"points and rounds must be at least 2, got {points} and {rounds}")
-    bench = _Bench(
-        graph, example, runtime, rounds, TimingCache(cache or cache_folder(), runtime.describe())
-    )
+    if not graph.searchable:
+        raise ConfigError("latency: the network has no unit whose width can vary")
+    timings = TimingCache(cache or cache_folder(), runtime.describe(), rounds)
+    bench = _Bench(graph, example, runtime, rounds, timings)
     grids = _Grids([_spread(unit.choices, points) for unit in graph.units])
     parts = segments(graph, bench.program)
     longest = max(map(len, grids.widths), default=1)

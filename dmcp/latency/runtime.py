@@ -81,7 +81,9 @@ class Runtime:
             path = Path(folder) / "network.onnx"
             onnx.to_onnx(module, tuple(inputs), path)
             network = onnx.OnnxNetwork(path)
-        return lambda: network(*inputs)
+        # It would copy others in every call, and inside of a network it does not.
+        contiguous = [each.contiguous() for each in inputs]
+        return lambda: network(*contiguous)
 
     @contextmanager
     def running(self) -> Iterator[None]:

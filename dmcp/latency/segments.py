@@ -35,7 +35,7 @@ _LEADING = (
     "gru",
     "rnn",
 )
-"""Operators that multiply and sum: each begins a segment."""
+"""Operators of names that begin so multiply and sum: each begins a segment."""
 
 _MOST_AXES = 2
 """A segment depends on no more than so many widths, so that its table has no more dimensions."""
@@ -227,8 +227,7 @@ def _operator(node: fx.Node) -> str:
 
 
 def _leads(node: fx.Node) -> bool:
-    name = _operator(node)
-    return name.startswith("conv") or name in _LEADING
+    return _operator(node).startswith(_LEADING)
 
 
 def _stored(program: ExportedProgram) -> dict[fx.Node, Any]:
@@ -263,10 +262,12 @@ def _hold(root: nn.Module, name: str, value: Any) -> None:
 
 def _filled(value: Tensor) -> Tensor:
     """Random numbers in the place of a captured tensor."""
-    tensor = torch.empty_strided(
-        tuple(value.shape), value.stride(), dtype=value.dtype, device=value.device
-    )
-    return tensor.normal_() if tensor.is_floating_point() else tensor.zero_()
+    ends = ((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    # All that lies in memory, once: expanded tensors cannot be written to.
+    memory = torch.zeros(1 + sum(ends), dtype=value.dtype, device=value.device)
+    if memory.is_floating_point():
+        memory.normal_()
+    return memory.as_strided(tuple(value.shape), value.stride())
 
 
 def _hash(words: Sequence[str]) -> str:

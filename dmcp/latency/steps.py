@@ -37,4 +37,8 @@ def _stepped(number: int, unit: ChannelUnit, full: torch.Tensor, cost: Cost) -> 
         if value < fastest:
             kept.append(width)
             fastest = value
-    return replace(unit, choices=tuple(reversed(kept)))
+    choices = tuple(reversed(kept))
+    if unit.searchable and len(choices) == 1:
+        reason = "no narrower width is faster"
+        return replace(unit, choices=choices, searchable=False, reason=reason)
+    return replace(unit, choices=choices)

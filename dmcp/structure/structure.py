@@ -34,8 +34,8 @@ def _nothing() -> Mapping[str, Any]:
     return MappingProxyType({})
 
 
-class _Sent:
-    """Read-only mappings can be neither pickled nor copied: a dataclass that is made again can."""
+class _Portable:
+    """Pickled and copied by making it again, which its read-only mappings do not allow else."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = (getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ class _Sent:
 
 
 @dataclass(frozen=True)
-class Provenance(_Sent):
+class Provenance(_Portable):
     """Where a structure was found, and what finding it has cost; None for what is not known.
 
     Attributes:
@@ -72,7 +72,7 @@ class Provenance(_Sent):
 
 
 @dataclass(frozen=True)
-class Structure(_Sent):
+class Structure(_Portable):
     """How many channels each unit of a network keeps, and where that is from.
 
         structure = Structure.of(graph, search.expected_widths(), model="resnet18")

@@ -88,6 +88,7 @@ def made_up_latency(measured: Path) -> str:
     ("command", "message"),
     [
         (f"{BENCH} --device tpu", "--device must be cpu, cuda or cuda:<number>, got 'tpu'"),
+        (f"{BENCH} --output none/latency.json", "--output: there is no folder 'none'"),
         (f"{BENCH} --runtime tensorrt", "'tensorrt' is not one of 'eager', 'compiled'"),
         (f"{SEARCH} --output x --budget-latency 5 --latency-table no.json", "dmcp bench latency"),
         (f"{SEARCH} --output x --budget-latency fast", "budget latency_ms must be a number, or"),

@@ -75,6 +75,16 @@ def test_the_mean_over_a_concatenated_axis_is_that_of_all_structures(traced, mad
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_neither_the_mean_nor_its_gradient_waits_for_the_device(traced, made_up_table):
+    graph = narrowed(traced("Concat").graph)
+    cost = cost_of(graph, made_up_table(graph, concatenated=3))
+    q = some_q(cost.units).requires_grad_()
+    expectation = cost.expectation()
+    with torch.profiler.profile() as profile:
+        sum(expectation(q)).backward()
+    assert "aten::_local_scalar_dense" not in {event.key for event in profile.key_averages()}
+
+
 def test_the_variance_over_a_linear_concatenated_axis_is_exact(traced):
     graph = narrowed(traced("Concat").graph)
     names = [unit.name for unit in graph.searchable[:3]]
@@ -186,6 +196,8 @@ def test_what_is_no_table_is_refused(traced, made_up_table, tmp_path):
         "[]",
         json.dumps({**data, "format": 2}),
         json.dumps({**data, "terms": [{**data["terms"][1], "ms": [1.0]}]}),
+        json.dumps({**data, "axes": data["axes"][:1]}),
+        json.dumps({**data, "axes": [], "terms": []}),
         json.dumps(
             {**data, "axes": [{"weights": {}, "nodes": [2.0, 1.0, 1.0]}, *data["axes"][1:]]}
         ),

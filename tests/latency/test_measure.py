@@ -83,7 +83,7 @@ def test_what_was_measured_is_not_measured_again(traced, tmp_path):
     with pytest.raises(StopError):
         measured(on_step=interrupt)
     (path,) = tmp_path.iterdir()
-    before = len(TimingCache(tmp_path, Runtime().describe()))
+    before = len(TimingCache(tmp_path, Runtime().describe(), 2))
     assert before > 0
     with path.open("a") as file:
         file.write('{"signature": "cut sho')
@@ -99,6 +99,8 @@ def test_what_was_measured_is_not_measured_again(traced, tmp_path):
     _, threads = measured(Runtime(threads=2))
     assert threads == before + rest
     assert len(list(tmp_path.iterdir())) == 2
+    assert measured(rounds=3)[1] == before + rest, "two rounds are too few"
+    assert measured()[1] == 0
 
 
 def test_other_networks_share_what_is_the_same(traced, tmp_path):
@@ -117,10 +119,11 @@ def test_other_networks_share_what_is_the_same(traced, tmp_path):
 
 
 def test_the_cache_keeps_settings_apart(tmp_path, monkeypatch):
-    first = TimingCache(tmp_path / "a", {"threads": 1})
+    first = TimingCache(tmp_path / "a", {"threads": 1}, 3)
     first.add({"x": Timing(2.0, 1.0, 3.0)})
-    assert TimingCache(tmp_path / "a", {"threads": 1})["x"] == Timing(2.0, 1.0, 3.0)
-    assert "x" not in TimingCache(tmp_path / "a", {"threads": 2})
+    assert TimingCache(tmp_path / "a", {"threads": 1}, 2)["x"] == Timing(2.0, 1.0, 3.0)
+    assert "x" not in TimingCache(tmp_path / "a", {"threads": 1}, 4)
+    assert "x" not in TimingCache(tmp_path / "a", {"threads": 2}, 3)
     assert json.loads(first.path.read_text().splitlines()[0]) == {"threads": 1}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "dmcp" / "latency"
@@ -149,10 +152,15 @@ def test_options_that_cannot_be_are_refused(traced, tmp_path):
     case = traced("Residual")
     with pytest.raises(ConfigError, match="points and rounds must be at least 2, got 1 and 15"):
         measure_latency(case.graph, case.inputs[0], points=1, cache=tmp_path)
+    fixed = replace(case.graph, units=tuple(replace(u, searchable=False) for u in case.graph.units))
+    with pytest.raises(ConfigError, match="the network has no unit whose width can vary"):
+        measure_latency(fixed, case.inputs[0], cache=tmp_path)
     with pytest.raises(ConfigError, match="runtime must be one of eager, compiled, onnxruntime"):
         Runtime("tensorrt")
     with pytest.raises(ConfigError, match="device must be cpu, cuda or cuda:<number>, got 'tpu'"):
         Runtime(device="tpu")
+    with pytest.raises(ConfigError, match=r"got 'cpu:0'"):
+        Runtime(device="cpu:0")
     with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
         Runtime(threads=0)
 
@@ -188,3 +196,5 @@ def test_widths_follow_the_steps_of_the_table(traced, made_up_table):
     net = dmcp.MarkovNet(graph.model, graph=stepped, groups=None)
     assert net.graph.units[0].choices == (1, 2, 5, 6, 7, 8)
     assert first == "stem.0"
+    # No latency of the others is known to fall.
+    assert not any(unit.searchable for unit in stepped.units[1:])

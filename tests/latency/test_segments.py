@@ -116,6 +116,22 @@ def test_what_depends_on_too_many_widths_is_refused(traced, monkeypatch):
         cut(case.graph, case.inputs)
 
 
+def test_expanded_tensors_pass_between_segments():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            return self.last(self.stem(x.mean((2, 3), keepdim=True)).expand(-1, -1, 4, 4))
+
+    graph = dmcp.trace(Gated(), torch.zeros(1, 3, 4, 4))
+    program, parts = cut(graph, (torch.zeros(1, 3, 4, 4),))
+    (given,) = Piece(program, parts[-1][1]).inputs
+    assert (given.shape, given.stride()) == ((1, 8, 4, 4), (8, 1, 0, 0))
+    assert given.std() > 0
+
+
 def test_parts_of_a_split_stay_with_it():
     class Halves(nn.Module):
         def __init__(self):

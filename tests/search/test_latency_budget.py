@@ -61,6 +61,8 @@ def test_a_bound_that_cannot_be_is_refused(net, table, tmp_path):
         Budget(latency_ms=0.1, latency_table=table).of(net.graph)
     with pytest.raises(BudgetError, match="budget latency_ms must be a number, or a string"):
         Budget(latency_ms="5 ms", latency_table=table)
+    with pytest.raises(BudgetError, match="latency_ms must be positive and finite"):
+        Budget(latency_ms="1e400", latency_table=table)
     with pytest.raises(ConfigError, match=r"there is no '.*none': measure one with `dmcp bench"):
         Budget(latency_ms=5, latency_table=tmp_path / "none")
     assert Budget(macs="50%", latency_table=tmp_path / "none")  # nobody asks for it
@@ -69,6 +71,7 @@ def test_a_bound_that_cannot_be_is_refused(net, table, tmp_path):
 def test_only_a_bound_on_latency_shows_in_a_configuration(table):
     plain = {"macs": "50%", "params": None, "memory": None}
     assert Budget(macs="50%").to_json() == plain
+    assert Budget(macs="50%", latency_table=table).to_json() == plain
     told = Budget(macs="50%", latency_ms=5, latency_table=table).to_json()
     assert told == {**plain, "latency_ms": 5, "latency_table": table.digest}
 

@@ -83,6 +83,7 @@ def test_train_takes_the_network_from_the_file_and_writes_where_it_was_found(
     [
         ("--model mobilenet_v2", "--model is 'mobilenet_v2', but structure"),
         ("--width 0.25", "--width is 0.25, but structure"),
+        ("--data digits --size 72", "small_images is True, but the images make it False: see --da"),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "train --output {run}"])
@@ -95,11 +96,56 @@ def test_another_network_than_the_files_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_make_another_network_of_it_are_one_line(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "image", "said"),
+    [
+        ({"small_images": True}, (3, 8, 72), "small_images is True, but the images make it False"),
+        ({"small_images": False}, (3, 8, 8), "small_images is False, but the images make it True"),
+        ({"in_channels": 1}, (3, 8, 8), "in_channels is 1, but the images make it 3"),
+        ({"width": 1e5}, None, "model.options.width must be a number of at most 16, got 100000.0"),
+        ({"dropout": 0.5}, None, "with model.options that no command builds it with: dropout"),
+        ({"width": True}, None, "model.options.width must be a number of at most 16, got True"),
+    ],
+)
+def test_options_that_the_network_is_not_built_with_are_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    image: tuple[int, int, int] | None,
+    said: str,
 ) -> None:
-    said = refusal(f"inspect --widths {file} --size 224", capsys)
-    assert "the same units, but tied or shaped in another way (its graph is sha256:" in said
+    """Of MobileNetV2, whose variants for large and small images have the same hash."""
+    path, options = tmp_path / "found.json", {"width": 0.25, **options}
+    Structure({"conv1": 5}, model="mobilenet_v2", model_kwargs=options, image=image).save(path)
+    assert said in refusal(f"inspect --widths {path}", capsys)
+
+
+def test_inspect_shows_the_costs_for_images_that_are_not_square(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structure = Structure.of(
+        dmcp.trace(build("resnet18", 10, **OPTIONS), torch.zeros(2, 1, 8, 24)),
+        {"conv1": 5},
+        model="resnet18",
+        model_kwargs=OPTIONS,
+        image=(1, 8, 24),
+        classes=10,
+    )
+    structure.save(tmp_path / "found.json")
+    found = shown(f"inspect --widths {tmp_path}/found.json --json", capsys)
+    assert found["costs"]["macs"] == structure.metrics["macs"]
+    square = shown(f"inspect --widths {tmp_path}/found.json --size 8 --json", capsys)
+    assert square["costs"]["macs"] < structure.metrics["macs"]
+
+
+def test_inspect_takes_the_images_from_a_file_that_names_no_network(
+    digits: ChannelGraph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structure = Structure.of(digits, {"conv1": 5}, image=(1, 8, 8), classes=10)
+    structure.save(tmp_path / "found.json")
+    network = "--model resnet18 --width 0.125"
+    found = shown(f"inspect {network} --widths {tmp_path}/found.json --json", capsys)
+    assert found["costs"]["macs"] == structure.metrics["macs"]
 
 
 def test_a_network_in_a_file_is_not_built_because_a_structure_names_it(

@@ -59,6 +59,31 @@ def test_order_does_not_matter_where_it_means_nothing() -> None:
     assert len(hashes) == 1
 
 
+class Tied(nn.Module):
+    """Two layers of one weight; either may be registered first."""
+
+    def __init__(self, registered: str) -> None:
+        super().__init__()
+        for name in registered:
+            self.add_module(name, nn.Linear(4, 4))
+        self.a.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+def test_a_shared_parameter_has_the_name_that_comes_first() -> None:
+    assert hash_of(Tied("ab"), 2, 4) != hash_of(Tied("ba"), 2, 4)
+
+
+def test_a_wrapper_gives_the_modules_other_names() -> None:
+    """``torch.compile`` is one."""
+    wrapped = nn.Sequential()
+    wrapped.add_module("_orig_mod", sequence())
+    assert hash_of(wrapped) != hash_of(sequence())
+
+
 def test_weights_devices_grids_and_exclusions_do_not_matter(
     graph: ChannelGraph, block: type[nn.Module]
 ) -> None:

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import dmcp
 from dmcp.errors import StructureError
 from dmcp.graph import ChannelGraph
 from dmcp.structure import Structure
+from dmcp.structure.document import LARGEST_FILE
 from dmcp.structure.importers import read_structure
 
 Traced = Callable[..., ChannelGraph]
@@ -173,6 +176,7 @@ PICKLES = {
     "class changed": b"cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.",
     "plain": pickle.dumps({"conv1": 3}),
     "empty": b"",
+    "large": b"\x80\x03" + 2**20 * b"0" + b".",
     "deep key": b"\x80\x03}N" + 300_000 * b"\x85" + b"K\x01s.",
     "deep": b"\x80\x03" + 10_000 * b"(" + b"N" + 10_000 * b"t" + b".",
 }
@@ -452,10 +456,61 @@ def test_a_torch_file_of_code_is_refused(tmp_path: Path, graph: ChannelGraph) ->
     assert not mark.exists()
 
 
+def archive(folder: Path, parts: Sequence[tuple[str, bytes]], compression: int = 0) -> Path:
+    """Like a file of ``torch.save``."""
+    path = folder / "history.pth"
+    with zipfile.ZipFile(path, "w", compression) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two parts of one name
+        for name, data in [("history/version", b"3"), *parts]:
+            file.writestr(name, data)
+    return path
+
+
+def test_an_archive_is_read_as_torch_writes_it(tmp_path: Path, graph: ChannelGraph) -> None:
+    """Then what is refused below is refused for what is said there."""
+    path = archive(tmp_path, [("history/data.pkl", pickle.dumps(HISTORY, 2))])
+    assert read_structure(path, graph).widths == {"stem": 6, "side": 2, "head": 3}
+
+
+@pytest.mark.parametrize(
+    ("pickles", "compression", "said"),
+    [
+        ([PICKLES["deep key"]], 0, "the pickle has over 16,384 tuples"),
+        ([PICKLES["memo"]], 0, "the pickle has a memo of 2147483647 entries"),
+        ([PICKLES["large"]], 0, "the pickle has over 1,048,576 bytes"),
+        ([pickle.dumps(HISTORY, 2)[:-1]], 0, "pickle exhausted before seeing STOP"),
+        (2 * [pickle.dumps(HISTORY, 2)], 0, "it has 2 parts data.pkl, not one"),
+        ([], 0, "it has 0 parts data.pkl, not one"),
+        ([pickle.dumps(HISTORY, 2)], zipfile.ZIP_DEFLATED, "its parts are compressed"),
+    ],
+)
+def test_a_torch_file_that_would_crash_torch_is_refused(
+    tmp_path: Path, graph: ChannelGraph, pickles: list[bytes], compression: int, said: str
+) -> None:
+    path = archive(tmp_path, [("history/data.pkl", each) for each in pickles], compression)
+    with pytest.raises(StructureError, match=f"it is no torch file of plain data: {said}"):
+        read_structure(path, graph)
+
+
+def test_a_tuple_that_is_as_deep_as_is_read_is_a_key(tmp_path: Path, graph: ChannelGraph) -> None:
+    """It does not overflow the stack."""
+    deepest = b"\x80\x02}N" + 2**14 * b"\x85" + b"K\x01s."
+    with pytest.raises(StructureError, match="history must be an array, got None"):
+        read_structure(archive(tmp_path, [("history/data.pkl", deepest)]), graph)
+
+
+def test_a_torch_file_that_is_too_large_is_refused(tmp_path: Path, graph: ChannelGraph) -> None:
+    with (tmp_path / "history.pth").open("wb") as file:
+        file.truncate(LARGEST_FILE + 1)  # sparse
+    with pytest.raises(StructureError, match="over 67,108,864 bytes"):
+        read_structure(tmp_path / "history.pth", graph)
+
+
 def test_a_row_of_a_file_without_lists_is_refused(tmp_path: Path, graph: ChannelGraph) -> None:
     write(tmp_path / "history.json", HISTORY)
     Structure({"stem": 4}).save(tmp_path / "widths.json")
     np.save(tmp_path / "sample.npy", {})  # type: ignore[arg-type]
+    torch.save(HISTORY, tmp_path / "history.pth")
     for path in tmp_path.iterdir():
         with pytest.raises(StructureError, match="it is no file of several lists, and has no nu"):
             read_structure(Path(f"{path}#1"), graph)
