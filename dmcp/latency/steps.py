@@ -14,7 +14,8 @@ def on_steps(graph: ChannelGraph, cost: Cost) -> ChannelGraph:
     """The graph with only those choices left for which no wider one is as fast.
 
     Each unit is looked at by itself, with all others whole. Steps can only be seen between widths
-    that were measured, so measure many: ``dmcp bench latency --divisor 1 --groups 64 --points 64``.
+    that were measured, so measure many: ``dmcp bench latency --divisor 1 --groups 64 --points 16``,
+    say; the networks to measure grow with the square of the points.
     ``MarkovNet(model, graph=graph, groups=None)`` searches on exactly these widths.
 
     Args:
