@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from dmcp import models as models
 from dmcp.backends import backends
 from dmcp.cost import Cost, cost
 from dmcp.errors import (

@@ -161,7 +161,7 @@ def latency(data: dict[str, Any]) -> Table:
     rows = []
     for result in data["results"]:
         setting = result["setting"]
-        place = f"{setting['name']}, {setting['device']}, {setting['threads']} threads"
+        place = f"{setting['runtime']}, {setting['device']}, {setting['threads']} thread(s)"
         shares = ("median_error", "largest_error", "median_noise")
         rows.append(
             [result["network"], place, str(len(result["structures"])), f"{result['spearman']:.3f}"]

@@ -34,7 +34,8 @@ def test_search_prints_a_table_and_its_progress(run, tmp_path, capsys):
     top1 = table_of(run)[1]["top1"]
     assert "DMCP (expected sampling)" in row
     assert f"{top1:.2%}" in row
-    search, retraining = shown.err.splitlines()
+    warned, search, retraining = shown.err.splitlines()
+    assert "above the budget at the end of the search" in warned
     assert "5/5" in search
     assert "E[macs]" in search
     assert "dmcp" in retraining

@@ -2,7 +2,6 @@
 
 import copy
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -216,7 +215,7 @@ def unproved(monkeypatch):
 
     def trace(model):
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["dmcp.graph.trace"], "prove", lambda graph, *_, **__: graph)
+            patch.setattr("dmcp.graph.proof.prove", lambda graph, *_, **__: graph)
             return dmcp.trace(model, IMAGES)
 
     return trace
