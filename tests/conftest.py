@@ -390,6 +390,7 @@ def made_up_table():
             units=graph.widths(),
             searchable=tuple(unit.name for unit in units),
             macs=dmcp.cost(graph).of({}),
+            operators=graph.operators,
             axes=tuple(axes),
             terms=tuple(terms),
             scale=1.25,

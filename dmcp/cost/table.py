@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class LatencyTable:
         setting: what it was measured on and with: device, runtime, versions, threads, input.
         units: unit name -> full width, of the network that was measured.
         searchable: those units whose width was varied.
-        macs: of the full network, per image: other networks with the same units have others.
+        macs: of the full network, per image.
+        operators: see `dmcp.graph.ChannelGraph`: another network may have the same units and MACs.
         axes, terms: what was measured.
         scale, offset: the whole network takes scale * Σ terms + offset milliseconds.
         checks: whole networks that this was fitted to: milliseconds measured and predicted.
@@ -75,6 +77,7 @@ class LatencyTable:
     units: Mapping[str, int]
     searchable: tuple[str, ...]
     macs: int
+    operators: tuple[str, ...]
     axes: tuple[TableAxis, ...]
     terms: tuple[TableTerm, ...]
     scale: float
@@ -126,6 +129,7 @@ class LatencyTable:
             units=data["units"],
             searchable=tuple(data["searchable"]),
             macs=data["macs"],
+            operators=tuple(data["operators"]),
             axes=axes,
             terms=terms,
             scale=float(data["scale"]),
@@ -238,6 +242,12 @@ def latency(graph: ChannelGraph, table: LatencyTable, macs: int) -> TableCost:
             f"units and {table.macs:,} MACs, this network {len(units)} and {macs:,}; measure this "
             f"one with `{MEASURE}`"
         )
+    for measured, own in zip_longest(table.operators, graph.operators):
+        if measured != own:
+            raise ConfigError(
+                f"the latency table is of another network: where it has {measured}, this network "
+                f"has {own}; measure this one with `{MEASURE}`"
+            )
     missed = [u.name for u in graph.searchable if u.name not in table.searchable]
     if missed:
         raise ConfigError(

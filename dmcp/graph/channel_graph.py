@@ -170,6 +170,11 @@ class ChannelGraph:
         """The units whose width may change."""
         return tuple(unit for unit in self.units if unit.searchable)
 
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The names of the operators that channels flow through, in execution order."""
+        return tuple(node.operator for node in self.nodes)
+
     def __repr__(self) -> str:
         return (
             f"ChannelGraph({type(self.model).__name__}, {len(self.units)} units, "

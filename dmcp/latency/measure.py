@@ -265,6 +265,7 @@ def _fitted(
         units=bench.graph.widths(),
         searchable=tuple(unit.name for unit in bench.graph.searchable),
         macs=cost(bench.graph, "macs").of({}),
+        operators=bench.graph.operators,
         axes=tuple(
             TableAxis(
                 {units[unit].name: weight for unit, weight in axis},

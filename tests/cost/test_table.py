@@ -106,6 +106,7 @@ def table_of(graph, axes, terms, **fields):
         units=graph.widths(),
         searchable=tuple(unit.name for unit in graph.searchable),
         macs=dmcp.cost(graph).of({}),
+        operators=graph.operators,
         axes=tuple(axes),
         terms=tuple(TableTerm(name, (), where, ms, ms, ms) for name, where, ms in terms),
         **{"scale": 1.0, "offset": 0.0, **fields},
@@ -214,6 +215,13 @@ def test_the_table_of_another_network_is_refused(traced, made_up_table):
         dmcp.cost(traced("Concat").graph, "latency", table)
     with pytest.raises(ConfigError, match="of another network or image size"):
         dmcp.cost(graph, "latency", replace(table, macs=table.macs + 1))
+    operators = ["aten.softplus.default" if "relu" in o else o for o in table.operators]
+    with pytest.raises(
+        ConfigError, match=r"where it has aten\.softplus\.default, this network has"
+    ):
+        dmcp.cost(graph, "latency", replace(table, operators=tuple(operators)))
+    with pytest.raises(ConfigError, match="another network: where it has None, this network has"):
+        dmcp.cost(graph, "latency", replace(table, operators=table.operators[:-1]))
     with pytest.raises(ConfigError, match=r"holds one width of 'stem\.0' only"):
         dmcp.cost(graph, "latency", replace(table, searchable=table.searchable[1:]))
     with pytest.raises(ConfigError, match=r"metric must be one of .*'latency'.*, got 'ms'"):
