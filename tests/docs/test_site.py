@@ -20,8 +20,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built pages; built by one worker, as all tests of this file run on one."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-E"]
+    # Elsewhere than in the checkout: `-m` would find the package there before the installed one.
     built = subprocess.run(
-        [*command, "-d", str(out / "doctrees"), str(DOCS), str(out)], capture_output=True, text=True
+        [*command, "-d", str(out / "doctrees"), str(DOCS), str(out)],
+        cwd=out,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return out
