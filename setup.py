@@ -1,11 +1,17 @@
-"""Builds the native module with CMake; the rest of the packaging is in pyproject.toml.
+"""Builds the native modules with CMake; the rest of the packaging is in pyproject.toml.
+
+``dmcp._native`` holds the kernels and fits every PyTorch. A second module holds the autograd nodes
+that call them; it fits the PyTorch that is installed in this environment, and is left out where
+there is none yet.
 
 Environment: DMCP_NATIVE=AUTO|ON|OFF (AUTO: a failed build leaves the pure-Python package, ON: it is
 an error, OFF: do not try), DMCP_CUDA=AUTO|ON|OFF (OFF: no CUDA kernels, ON: they are required), and
 CMake's own CMAKE_ARGS, CXX, CUDACXX, CUDAARCHS.
 """
 
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,12 +35,38 @@ NATIVE, CUDA = switch("DMCP_NATIVE"), switch("DMCP_CUDA")
 REQUIRED = "ON" in (NATIVE, CUDA)
 
 
+def installed_torch() -> Path | None:
+    """The folder of PyTorch in the environment that is installed into.
+
+    pip builds in an environment of its own, which hides the packages, but not the folder.
+    """
+    spec = importlib.util.find_spec("torch")
+    places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    found = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    candidates = [*found, *(Path(place) / "torch" for place in places)]
+    needed = "include/torch/csrc/autograd/custom_function.h"
+    return next((folder for folder in candidates if (folder / needed).is_file()), None)
+
+
+def nodes_of(torch: Path) -> str:
+    """The name of the module of nodes; C++ programs fit one minor version of PyTorch only."""
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+    if version is None:
+        raise CompileError(f"{torch / 'version.py'} does not say which version it is")
+    return f"dmcp._nodes_torch_{version[1]}_{version[2]}"
+
+
+TORCH = installed_torch()
+
+
 class CMakeBuild(build_ext):
-    """Builds an extension with CMake instead of the compiler of setuptools."""
+    """Builds the extensions with CMake instead of the compiler of setuptools."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)  # a failed build must not leave an earlier module in place
+        if ext.name != "dmcp._native":
+            return self.build_nodes(target)
         attempts = ["AUTO", "OFF"] if CUDA == "AUTO" else [CUDA]
         for cuda in attempts:
             try:
@@ -46,33 +78,51 @@ class CMakeBuild(build_ext):
         )
         raise CompileError(f"dmcp._native could not be built (see above){outcome}")
 
+    def build_nodes(self, target: Path) -> None:
+        try:
+            self.cmake(
+                target.parent, "_nodes", f"-DDMCP_TORCH={TORCH}", f"-DDMCP_NODES={target.name}"
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(
+                f"the autograd nodes could not be built (see above): {error}; dmcp installs "
+                "without them and is slower on small layers"
+            ) from error
+
     def build_native(self, output: Path, cuda: str) -> None:
+        self.cmake(output, "_native", f"-DDMCP_CUDA={cuda}")
+
+    def cmake(self, output: Path, target: str, *options: str) -> None:
         import pybind11  # a build requirement: the other commands of setuptools do without it
 
         # The tools of the environment that builds come before those of the system.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         cmake = shutil.which("cmake", path=path) or "cmake"
         build = Path(self.build_temp).resolve() / "native"
+        # A cache of an earlier build names tools of pip's build environment, deleted since.
+        fresh = ["--fresh"] if target == "_native" else []
         configure = [
-            # A cache of an earlier build names tools of pip's build environment, deleted since.
-            *(cmake, "--fresh", "-S", str(Path(__file__).parent), "-B", str(build)),
+            *(cmake, *fresh, "-S", str(Path(__file__).parent), "-B", str(build)),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DDMCP_CUDA={cuda}",
+            *options,
             *(["-GNinja"] if shutil.which("ninja", path=path) else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         environment = {**os.environ, "PATH": path}
         subprocess.run(configure, check=True, env=environment)
-        subprocess.run([cmake, "--build", str(build), "--parallel"], check=True, env=environment)
+        compile = [cmake, "--build", str(build), "--parallel", "--target", target]
+        subprocess.run(compile, check=True, env=environment)
 
 
-native = [] if NATIVE == "OFF" else [Extension("dmcp._native", sources=[], optional=not REQUIRED)]
+# In this order: the second build goes on from the first.
+modules = ["dmcp._native", *([nodes_of(TORCH)] if TORCH is not None else [])]
+native = [Extension(name, sources=[], optional=not REQUIRED) for name in modules]
 setup(
     packages=[*find_packages(include=["dmcp", "dmcp.*"]), "dmcp.kernels"],
     package_dir={"dmcp.kernels": "kernels"},
-    ext_modules=native,
+    ext_modules=[] if NATIVE == "OFF" else native,
     cmdclass={"build_ext": CMakeBuild},
 )

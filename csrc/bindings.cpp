@@ -15,6 +15,7 @@
 #include "cpu/norm_act.h"
 #include "cpu/pointwise.h"
 #include "cpu/retain.h"
+#include "cpu/table.h"
 #include "cpu/windows.h"
 #ifdef DMCP_WITH_CUDA
 #include "cuda/expected_cost.h"
@@ -406,6 +407,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("expected_cost_cpu", &expected_cost_cpu, no_gil);
   m.def("expected_cost_backward_cpu", &expected_cost_backward_cpu, no_gil);
   m.def("cpu_isas", &dmcp::cpu::isas);
+  m.def("cpu_kernels", [] { return reinterpret_cast<Address>(&dmcp::cpu::table()); });
   m.def("norm_stats_cpu", &norm_stats_cpu, no_gil);
   m.def("norm_act_cpu", &norm_act_cpu, no_gil);
   m.def("norm_act_sums_cpu", &norm_act_sums_cpu, no_gil);

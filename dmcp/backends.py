@@ -28,7 +28,8 @@ class Backend:
     """One implementation of the ops.
 
     Attributes:
-        name: ``"eager"`` (plain PyTorch), ``"native"`` (C++), ``"cuda"`` or ``"triton"``.
+        name: ``"eager"`` (plain PyTorch), ``"native"`` (C++), ``"nodes"`` (calls ``native`` without
+            Python in between), ``"cuda"`` or ``"triton"``.
         available: whether ops can run through it here.
         reason: what it serves, or what is missing.
     """
@@ -55,9 +56,24 @@ def _load_native() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
+def _load_nodes(native: ModuleType) -> str:
+    """Loads the ops of the autograd nodes; why that cannot be done, or ""."""
+    major, minor = torch.__version__.split(".")[:2]
+    spec = importlib.util.find_spec(f"dmcp._nodes_torch_{major}_{minor}")
+    if spec is None or spec.origin is None:
+        return f"not built for PyTorch {major}.{minor}: install that first, then dmcp from source"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return str(error)
+    torch.ops.dmcp.use_kernels(native.cpu_kernels())
+    return ""
+
+
 _chosen = _choice()
 _accelerated = _chosen != "eager"
 _native, _native_error = _load_native()
+_nodes_error = _native_error if _native is None else _load_nodes(_native)
 
 
 def accelerated() -> bool:
@@ -68,6 +84,11 @@ def accelerated() -> bool:
 def native_module() -> ModuleType | None:
     """The compiled module ``dmcp._native`` if ops may use it, else None."""
     return _native if _accelerated else None
+
+
+def native_nodes() -> bool:
+    """Whether the autograd nodes of CPU tensors may be C++, without Python in between."""
+    return _accelerated and not _nodes_error
 
 
 def native_cuda() -> bool:
@@ -85,7 +106,7 @@ def backends() -> dict[str, Backend]:
 
     Asks CUDA for its devices, which ``import dmcp`` never does.
     """
-    report = [_eager(), _cpp(), _cuda(), _triton()]
+    report = [_eager(), _cpp(), _nodes(), _cuda(), _triton()]
     return {backend.name: backend for backend in report}
 
 
@@ -96,6 +117,11 @@ def _eager() -> Backend:
 def _cpp() -> Backend:
     isa = f", {_native.cpu_isas()[-1]}" if _native is not None else ""
     return _report("native", _disabled() or _no_native(), f"C++ kernels{isa}: CPU tensors")
+
+
+def _nodes() -> Backend:
+    missing = _disabled() or _no_native() or _nodes_error
+    return _report("nodes", missing, "C++ autograd nodes around the C++ kernels: CPU tensors")
 
 
 def _cuda() -> Backend:

@@ -34,7 +34,7 @@ def python(code, folder, **environment):
 
 def test_every_backend_is_reported():
     report = backends()
-    assert list(report) == ["eager", "native", "cuda", "triton"]
+    assert list(report) == ["eager", "native", "nodes", "cuda", "triton"]
     for name, backend in report.items():
         assert backend.name == name
         assert backend.reason
@@ -64,7 +64,7 @@ def test_eager_on_request(tmp_path):
     assert done.returncode == 0, done.stderr
     eager, *others = done.stdout.splitlines()
     assert eager.split()[:2] == ["eager", "yes"]
-    assert len(others) == 3
+    assert len(others) == 4
     assert all("disabled by DMCP_BACKEND=eager" in line for line in others)
 
 
@@ -92,7 +92,16 @@ def test_missing_native_module_leaves_the_eager_ops(tmp_path):
     hide = "import sys; sys.modules['dmcp._native'] = None\n"
     done = python(hide + OPS, tmp_path, DMCP_BACKEND="auto")
     assert done.returncode == 0, done.stderr
-    native = done.stdout.splitlines()[1]
-    assert native.split()[:2] == ["native", "no"]
-    assert "not built" in native
-    assert "pip install -v ." in native
+    for line, name in zip(done.stdout.splitlines()[1:3], ["native", "nodes"], strict=True):
+        assert line.split()[:2] == [name, "no"]
+        assert "not built" in line
+        assert "pip install -v ." in line
+
+
+def test_nodes_of_another_pytorch_are_left_alone(tmp_path):
+    other = "import torch; torch.__version__ = '2.999.0'\n"
+    report = "from dmcp.backends import backends\nprint(backends()['nodes'])"
+    done = python(other + report, tmp_path, DMCP_BACKEND="auto")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["nodes", "no"]
+    assert "not built for PyTorch 2.999" in done.stdout or not backends()["native"].available

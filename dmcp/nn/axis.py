@@ -53,7 +53,7 @@ class ComposedAxis:
         keeps = [chain.keep() for chain, _, _ in self.parts]
         if all(keep is None for keep in keeps):
             return None
-        stays = torch.ones(self.size, dtype=torch.bool)
+        stays = torch.ones(self.size, dtype=torch.bool, device="cpu")
         for (_, positions, index), keep in zip(self.parts, keeps, strict=True):
             if keep is not None:
                 stays[positions] = _is_kept(index, keep)

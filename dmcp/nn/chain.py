@@ -81,8 +81,9 @@ class MarkovChain(nn.Module):
         self._width = channels
         self.mask: Tensor | None = None
         self.alpha = nn.Parameter(torch.empty(len(grid) - 1, device=device, dtype=dtype))
-        sizes = torch.tensor([grid[0], *(b - a for a, b in pairwise(grid))])
-        group_of = torch.arange(len(grid)).repeat_interleave(sizes).to(device)
+        sizes = [grid[0], *(b - a for a, b in pairwise(grid))]
+        groups_of = [group for group, size in enumerate(sizes) for _ in range(size)]
+        group_of = torch.tensor(groups_of, device=device)
         self.register_buffer("group_of", group_of, persistent=False)
         offsets = torch.tensor([0, len(grid) - 1], dtype=torch.int32, device=device)
         self.register_buffer("offsets", offsets, persistent=False)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dmcp.ops.convolution import Convolution, products
 from dmcp.ops.layout import gradient_of, prefix
-from dmcp.ops.library import op
+from dmcp.ops.library import has_node, op
 from dmcp.ops.norm_act import Options, check_count, check_residual, train_gradients
 
 
@@ -59,6 +59,10 @@ def conv_norm_act(
     Raises:
         ValueError: fewer than two values per channel, or a residual that does not fit.
     """
+    if has_node(x):
+        return torch.ops.dmcp.conv_norm_act_node.default(
+            x, weight, *norm, *conv, *options.numbers, widths
+        )
     if norm.running_mean is not None and norm.running_var is not None:
         # Ops do not count what they write; a backward that saved these has to notice.
         torch.autograd.graph.increment_version((norm.running_mean, norm.running_var))

@@ -88,10 +88,10 @@ class CostTable:
             offsets.append(offsets[-1] + len(grid) - 1)
             ends += [channels + width for width in grid]
             channels += grid[-1]
-        none = torch.zeros(0, order, order, dtype=torch.float64)
+        none = torch.zeros(0, order, order, dtype=torch.float64, device="cpu")
         table = CostTable(
-            offsets=torch.tensor(offsets, dtype=torch.int32),
-            ends=torch.tensor(ends, dtype=torch.int32),
+            offsets=torch.tensor(offsets, dtype=torch.int32, device="cpu"),
+            ends=torch.tensor(ends, dtype=torch.int32, device="cpu"),
             coefficients=torch.cat([none, *(matrix[None].double() for matrix in coefficients)]),
             channels=channels,
         )

@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmcp.backends import native_nodes
+
 LIBRARY = torch.library.Library("dmcp", "DEF")
 
 Kernel = Callable[..., Any]
 
 _CPU_KERNELS: dict[str, Kernel] = {}
+_original = True
+"""Whether all of these are in use: none is `replaced`."""
+
+_OF_NODES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def register(
@@ -51,7 +57,9 @@ def register(
 def replaced(kernels: Mapping[str, Kernel], key: str) -> Iterator[None]:
     """While the context is open, other kernels compute some ops, by their names, on the tensors of
     a dispatch key, ``"CPU"`` or ``"CUDA"``."""
+    global _original
     hidden = {n: _CPU_KERNELS.pop(n) for n in kernels if key == "CPU" and n in _CPU_KERNELS}
+    before, _original = _original, _original and not hidden
     try:
         with torch.library._scoped_library("dmcp", "IMPL") as library:
             for name, kernel in kernels.items():
@@ -59,6 +67,7 @@ def replaced(kernels: Mapping[str, Kernel], key: str) -> Iterator[None]:
             yield
     finally:
         _CPU_KERNELS.update(hidden)
+        _original = before
 
 
 def op(name: str, x: Tensor) -> Kernel:
@@ -68,7 +77,21 @@ def op(name: str, x: Tensor) -> Kernel:
     layer the way through the dispatcher and back to Python takes a third of the time.
     """
     kernel = _CPU_KERNELS.get(name)
-    if torch.compiler.is_compiling() or kernel is None or type(x) is not Tensor or not x.is_cpu:
+    if kernel is None or not _is_plain(x):
         return getattr(torch.ops.dmcp, name).default
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    return getattr(torch.ops.dmcp, name).default if watched else kernel
+    return kernel
+
+
+def has_node(x: Tensor) -> bool:
+    """Whether the C++ nodes of the autograd graph can take this tensor."""
+    return _original and native_nodes() and x.dtype in _OF_NODES and _is_plain(x)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether it is a tensor on the CPU that nobody watches."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmcp.backends import accelerated, native_cuda, native_module, triton_installed
-from dmcp.ops.layout import empty_like, place
-from dmcp.ops.library import op, register
+from dmcp.ops.layout import empty_like, is_dense, place
+from dmcp.ops.library import has_node, op, register
 from dmcp.ops.norm_act_eager import (
     ACTIVATIONS,
     Activation,
@@ -121,6 +121,10 @@ def norm_act(
         )
     options = Options(momentum, eps, act, residual is not None and residual_place == "before")
     if training and alone:
+        if has_node(x) and is_dense(x):
+            return torch.ops.dmcp.norm_act_node.default(
+                x, weight, bias, scale, residual, running_mean, running_var, *options.numbers
+            )
         if running_mean is not None and running_var is not None:
             # Ops do not count what they write; a backward that saved these has to notice.
             torch.autograd.graph.increment_version((running_mean, running_var))
@@ -148,6 +152,11 @@ class Options(NamedTuple):
     eps: float
     act: Activation
     before: bool
+
+    @property
+    def numbers(self) -> tuple[float, float, int, bool]:
+        """As the C++ nodes take them."""
+        return self.momentum, self.eps, ACTIVATIONS.index(self.act), self.before
 
 
 # The form of autograd.Function with `setup_context` would cost as much as everything else together,

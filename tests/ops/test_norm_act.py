@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-from dmcp.backends import native_cuda, native_module, triton_installed
+from dmcp.backends import native_cuda, native_module, native_nodes, triton_installed
 from dmcp.ops.layout import Placed
 from dmcp.ops.library import replaced
 from dmcp.ops.norm_act_eager import ACTIVATIONS, EagerKernels, activation, norm_act_reference
@@ -45,7 +45,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*\n.*previously registered kern
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the four ops, or without kernels the reference, and where it runs."""
+    """One implementation of the four ops, and where it runs; without kernels the reference, or
+    whatever serves users, the C++ nodes."""
 
     name: str
     kernels: Callable[[], Any] | None
@@ -58,7 +59,7 @@ class Backend:
     def installed(self):
         """The dispatcher picks these kernels, and afterwards those it had."""
         if self.kernels is None:
-            yield norm_act_reference
+            yield norm_act if self.name == "nodes" else norm_act_reference
             return
         kernels = self.kernels()
         ops = {op: MODULE._kernel(kernels, op) for op in MODULE._SCHEMAS}
@@ -74,6 +75,7 @@ def cpu_backends():
     return [
         Backend("eager", lambda: EagerKernels),
         *(Backend(isa, lambda isa=isa: CpuKernels(native, isa)) for isa in isas),
+        *([Backend("nodes", None)] if native_nodes() else []),
     ]
 
 
@@ -97,8 +99,10 @@ def over(cpu, gpu):
 CPU, GPU = cpu_backends(), gpu_backends()
 REFERENCES = [] if INTERPRETED else [Backend("reference", None)]
 over_kernels = over(CPU, GPU)
+# Those that allocate their outputs in Python.
+over_python = over([backend for backend in CPU if backend.kernels], GPU)
 # To the dispatcher and the compiler all instruction sets are one.
-over_devices = over([CPU[0], *CPU[1:][-1:]], GPU)
+over_devices = over([CPU[0], *CPU[1:][-2:]], GPU)
 over_backends = over([*REFERENCES, *CPU], [Backend("reference", None, "cuda"), *GPU])
 
 
@@ -598,7 +602,7 @@ def test_reference_is_batch_norm_and_activation(dtype, act, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@over_kernels
+@over_python
 def test_nothing_is_written_beside_an_output(backend, function, monkeypatch, layout, dtype):
     made = []
 

@@ -1,0 +1,151 @@
+// The node of dmcp/ops/conv_norm_act.py: a convolution and everything up to the next one.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "nodes/norm_act.h"
+#include "nodes/products.h"
+
+namespace dmcp::nodes {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// What is no tensor, and comes back in the backward.
+struct Plan {
+  Convolution conv;
+  std::vector<int64_t> widths;  // empty: all, and gradients are autograd's
+
+  c10::IValue packed() const {
+    const auto& [inputs, kernel, stride, padding, dilation, depthwise] = conv;
+    std::vector<int64_t> numbers{inputs,     kernel[0],  kernel[1],   stride[0],   stride[1],
+                                 padding[0], padding[1], dilation[0], dilation[1], depthwise};
+    numbers.insert(numbers.end(), widths.begin(), widths.end());
+    return numbers;
+  }
+
+  static Plan unpacked(const c10::IValue& value) {
+    const std::vector<int64_t> n = value.toIntVector();
+    return {{n[0], {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6]}, {n[7], n[8]}, n[9] != 0},
+            {n.begin() + 10, n.end()}};
+  }
+};
+
+// The .grad that a backward adds to.
+Tensor gradient_of(const Tensor& leaf) {
+  const Tensor& grad = leaf.grad();
+  TORCH_CHECK(grad.defined(),
+              "the .grad that gradients were to be added to was set to None after the forward "
+              "pass; clear gradients before it");
+  return grad;
+}
+
+class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
+ public:
+  // Differentiable tensors apart, so that each is an edge of the graph.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& norm_weight,
+                        const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& residual, const Norm& norm,
+                        const Plan& plan) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Products products(plan.conv, x.sizes());
+    const Tensor z = products.output(x, products.cut(weight, plan.widths));
+    auto [y, moments] = normalise(z, norm);
+    const Tensor kept = weight.requires_grad() ? x : Tensor();
+    const Tensor before = norm.place == Residual::before ? norm.residual : Tensor();
+    ctx->save_for_backward(
+        {kept, weight, z, moments, norm.weight, norm.bias, norm.scale, before});
+    auto& data = ctx->saved_data;
+    data["plan"] = plan.packed();
+    data["sizes"] = x.sizes();
+    data["eps"] = norm.eps;
+    data["act"] = static_cast<int64_t>(norm.act);
+    data["residual"] = norm.residual.defined();
+    if (!plan.widths.empty()) {
+      // Saved tensors need not come back as the leaves that hold the gradients.
+      data["weight"] = weight;
+      data["norm_weight"] = norm_weight;
+      data["norm_bias"] = norm_bias;
+    }
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &z = saved[2], &moments = saved[3];
+    auto& data = ctx->saved_data;
+    const Plan plan = Plan::unpacked(data["plan"]);
+    const std::vector<int64_t> sizes = data["sizes"].toIntVector();
+    Norm norm{saved[4], saved[5], saved[6], saved[7]};
+    norm.eps = data["eps"].toDouble();
+    norm.act = static_cast<Act>(data["act"].toInt());
+
+    size_t edge = 0;
+    const auto wanted = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
+    const bool wants_x = wanted(true), wants_weight = wanted(true);
+    const bool wants_gain = wanted(norm.weight.defined()), wants_bias = wanted(norm.bias.defined());
+    const bool wants_scale = wanted(norm.scale.defined());
+    const bool wants_residual = wanted(data["residual"].toBool());
+    const bool in_autograd = plan.widths.empty();
+
+    variable_list found(8);
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const auto leaf_gradient = [&](const char* name, bool wanted) {
+        return wanted && !in_autograd ? gradient_of(data[name].toTensor()) : Tensor();
+      };
+      Tensor into = leaf_gradient("weight", wants_weight);
+      if (in_autograd && wants_weight)
+        into = found[1] = at::zeros_like(weight, {}, at::MemoryFormat::ChannelsLast);
+      const Gradients all = gradients(grads[0], z, moments, norm,
+                                      leaf_gradient("norm_weight", wants_gain),
+                                      leaf_gradient("norm_bias", wants_bias),
+                                      wants_x || wants_weight);
+      const Products products(plan.conv, sizes);
+      const Tensor cut = products.cut(weight, plan.widths);
+      if (wants_x) found[0] = products.grad_input(all.x, cut, sizes);
+      if (into.defined()) products.add_grad_weight(all.x, x, cut, products.cut(into, plan.widths));
+      if (in_autograd && wants_gain) found[2] = all.sums.select(0, 1);
+      if (in_autograd && wants_bias) found[3] = all.sums.select(0, 0);
+      if (wants_scale) found[4] = all.sums.select(0, 2);
+      if (wants_residual) found[5] = all.residual;
+    }
+    forbid_second_derivatives(found, grads[0]);
+    return found;
+  }
+};
+
+Pair pair(at::IntArrayRef values) { return {values[0], values[1]}; }
+
+Tensor conv_norm_act(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm_weight,
+                     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& residual,
+                     const std::optional<Tensor>& running_mean,
+                     const std::optional<Tensor>& running_var, int64_t inputs,
+                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                     at::IntArrayRef dilation, bool depthwise, double momentum, double eps,
+                     int64_t act, bool before, at::OptionalIntArrayRef widths) {
+  const Norm norm = norm_of(norm_weight, norm_bias, scale, residual, running_mean, running_var,
+                            momentum, eps, act, before);
+  const Convolution conv{inputs, pair(kernel), pair(stride), pair(padding), pair(dilation),
+                         depthwise};
+  const Plan plan{conv, widths ? widths->vec() : std::vector<int64_t>()};
+  return ConvNormAct::apply(x, weight, norm_weight, norm_bias, scale, residual, norm, plan);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dmcp, library) {
+  library.def(
+      "conv_norm_act_node(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor? scale, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "int inputs, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, bool depthwise, "
+      "float momentum, float eps, int act, bool before, int[]? widths) -> Tensor",
+      &conv_norm_act);
+}
+
+}  // namespace dmcp::nodes

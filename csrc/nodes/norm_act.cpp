@@ -1,0 +1,252 @@
+#include "nodes/norm_act.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "nodes/kernels.h"
+
+namespace dmcp::nodes {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::MemoryFormat format_of(const Tensor& x) {
+  return x.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                         : at::MemoryFormat::Contiguous;
+}
+
+Shape shape_of(const Tensor& x) {
+  const int64_t batch = x.size(0), channels = x.size(1);
+  return {batch, channels, x.numel() / (batch * channels),
+          format_of(x) == at::MemoryFormat::ChannelsLast, dtype_of(x)};
+}
+
+int64_t pitch_of(const Shape& shape) {
+  return shape.channels_last ? shape.channels : shape.channels * shape.pixels;
+}
+
+const void* read(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+
+void* write(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+
+Pitched<const void> input(const Tensor& tensor, const Shape& shape) {
+  return {read(tensor), pitch_of(shape)};
+}
+
+Pitched<void> output(const Tensor& tensor, const Shape& shape) {
+  return {write(tensor), pitch_of(shape)};
+}
+
+// Vectors are float, or double for double activations.
+at::ScalarType vector_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void* row(const Tensor& matrix, int64_t index) {
+  return static_cast<char*>(matrix.data_ptr()) + index * matrix.size(1) * matrix.element_size();
+}
+
+// The vectors as a kernel reads them; to be kept until it has run.
+class Vectors {
+ public:
+  Vectors(const Tensor& moments, const Norm& norm)
+      : moments_(moments.contiguous()),
+        weight_(dense(norm.weight)),
+        bias_(dense(norm.bias)),
+        scale_(dense(norm.scale)),
+        eps_(norm.eps) {}
+
+  Affine affine() const {
+    return {row(moments_, 0), row(moments_, 1), read(weight_), read(bias_), read(scale_), eps_};
+  }
+
+ private:
+  static Tensor dense(const Tensor& vector) {
+    return vector.defined() ? vector.contiguous() : vector;
+  }
+
+  Tensor moments_, weight_, bias_, scale_;
+  double eps_;
+};
+
+// Running statistics as a kernel writes them: where they lie if they are dense.
+class Updated {
+ public:
+  explicit Updated(const Tensor& given)
+      : given_(given), dense_(given.defined() ? given.contiguous() : given) {}
+
+  void* data() const { return write(dense_); }
+
+  void done() const {
+    if (!given_.defined()) return;
+    if (!dense_.is_same(given_)) given_.copy_(dense_);
+    given_.unsafeGetTensorImpl()->bump_version();  // a backward that saved it has to notice
+  }
+
+ private:
+  Tensor given_, dense_;
+};
+
+void add_row(const Tensor& target, const Tensor& sums, int64_t index) {
+  if (target.defined()) target.narrow(0, 0, sums.size(1)).add_(sums.select(0, index));
+}
+
+void check(const Tensor& x, const Norm& norm) {
+  TORCH_CHECK_VALUE(x.numel() >= 2 * x.size(1),
+                    "x must hold 2 or more values per channel in training, got the shape ",
+                    x.sizes());
+  const Tensor& residual = norm.residual;
+  TORCH_CHECK_VALUE(!residual.defined() || (residual.scalar_type() == x.scalar_type() &&
+                                            residual.sizes() == x.sizes()),
+                    "residual must be ", x.scalar_type(), " ", x.sizes(), " like x, got ",
+                    residual.scalar_type(), " ", residual.sizes());
+}
+
+// The node of norm_act_train.
+class NormAct : public torch::autograd::Function<NormAct> {
+ public:
+  // Differentiable tensors apart, so that each is an edge of the graph.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& residual, const Norm& norm) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, moments] = normalise(x, norm);
+    const Tensor kept = norm.place == Residual::before ? norm.residual : Tensor();
+    ctx->save_for_backward({x, moments, norm.weight, norm.bias, norm.scale, kept});
+    ctx->saved_data["eps"] = norm.eps;
+    ctx->saved_data["act"] = static_cast<int64_t>(norm.act);
+    ctx->saved_data["residual"] = norm.residual.defined();
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    Norm norm{saved[2], saved[3], saved[4], saved[5]};
+    norm.eps = ctx->saved_data["eps"].toDouble();
+    norm.act = static_cast<Act>(ctx->saved_data["act"].toInt());
+    size_t edge = 0;
+    const auto wanted = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
+    const bool wants_x = wanted(true), wants_weight = wanted(norm.weight.defined());
+    const bool wants_bias = wanted(norm.bias.defined()), wants_scale = wanted(norm.scale.defined());
+    const bool wants_residual = wanted(ctx->saved_data["residual"].toBool());
+    variable_list found(6);
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      Gradients all = gradients(grads[0], saved[0], saved[1], norm, {}, {}, wants_x);
+      found[0] = all.x;
+      if (wants_weight) found[1] = all.sums.select(0, 1);
+      if (wants_bias) found[2] = all.sums.select(0, 0);
+      if (wants_scale) found[3] = all.sums.select(0, 2);
+      if (wants_residual) found[4] = all.residual;
+    }
+    forbid_second_derivatives(found, grads[0]);
+    return found;
+  }
+};
+
+class Once : public torch::autograd::Function<Once> {
+ public:
+  static Tensor forward(AutogradContext*, const Tensor& gradient) { return gradient.detach(); }
+
+  static variable_list backward(AutogradContext*, variable_list) {
+    TORCH_CHECK(false,
+                "trying to differentiate twice a function that was marked with "
+                "@once_differentiable");
+  }
+};
+
+Tensor norm_act(const Tensor& x, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                const std::optional<Tensor>& residual, const std::optional<Tensor>& running_mean,
+                const std::optional<Tensor>& running_var, double momentum, double eps, int64_t act,
+                bool before) {
+  const Norm norm = norm_of(weight, bias, scale, residual, running_mean, running_var, momentum, eps,
+                            act, before);
+  return NormAct::apply(x, weight, bias, scale, residual, norm);
+}
+
+}  // namespace
+
+Norm norm_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,
+             const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+             double momentum, double eps, int64_t act, bool before) {
+  const Tensor none;
+  return {weight.value_or(none),
+          bias.value_or(none),
+          scale.value_or(none),
+          residual.value_or(none),
+          running_mean.value_or(none),
+          running_var.value_or(none),
+          momentum,
+          eps,
+          static_cast<Act>(act),
+          before ? Residual::before : Residual::after};
+}
+
+Normalised normalise(const Tensor& x, const Norm& norm) {
+  check(x, norm);
+  const Shape shape = shape_of(x);
+  const cpu::NormActKernels& run = norm_act_kernels(shape.dtype);
+  Normalised result{at::empty_like(x), at::empty({2, x.size(1)}, x.options().dtype(vector_dtype(x)))};
+  const Updated mean(norm.running_mean), var(norm.running_var);
+  run.stats(shape, input(x, shape), row(result.moments, 0), row(result.moments, 1), mean.data(),
+            var.data(), norm.momentum);
+  mean.done();
+  var.done();
+  const Tensor residual =
+      norm.residual.defined() ? norm.residual.contiguous(format_of(x)) : norm.residual;
+  const Vectors vectors(result.moments, norm);
+  run.forward(shape, vectors.affine(), norm.act,
+              residual.defined() ? norm.place : Residual::none, input(x, shape),
+              input(residual, shape), output(result.y, shape));
+  return result;
+}
+
+Gradients gradients(const Tensor& grad, const Tensor& x, const Tensor& moments, const Norm& norm,
+                    const Tensor& add_weight, const Tensor& add_bias, bool wants_x) {
+  const Shape shape = shape_of(x);
+  const cpu::NormActKernels& run = norm_act_kernels(shape.dtype);
+  const Vectors vectors(moments, norm);
+  const Affine affine = vectors.affine();
+  const Tensor incoming = grad.contiguous(format_of(x));
+  Gradients found{{}, at::empty({3, x.size(1)}, moments.options()), grad};
+  Tensor seen = incoming, residual;
+  Act left = norm.act;
+  if (norm.residual.defined()) {
+    residual = norm.residual.contiguous(format_of(x));
+    found.residual = seen = at::empty_like(x);
+    left = Act::identity;  // the activation is behind us then
+  }
+  run.sums(shape, affine, norm.act, input(incoming, shape), input(x, shape), input(residual, shape),
+           residual.defined() ? output(seen, shape) : Pitched<void>{}, found.sums.data_ptr());
+  if (wants_x) {
+    found.x = at::empty_like(x);
+    run.grad(shape, affine, left, found.sums.data_ptr(), static_cast<double>(shape.count()),
+             input(seen, shape), input(x, shape), output(found.x, shape));
+  }
+  add_row(add_bias, found.sums, 0);
+  add_row(add_weight, found.sums, 1);
+  return found;
+}
+
+void forbid_second_derivatives(std::vector<Tensor>& gradients, const Tensor& grad) {
+  if (!at::GradMode::is_enabled() || !grad.requires_grad()) return;
+  for (Tensor& gradient : gradients)
+    if (gradient.defined()) gradient = Once::apply(gradient.detach().requires_grad_());
+}
+
+TORCH_LIBRARY_FRAGMENT(dmcp, library) {
+  library.def(
+      "norm_act_node(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? residual, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int act, "
+      "bool before) -> Tensor",
+      &norm_act);
+}
+
+}  // namespace dmcp::nodes
