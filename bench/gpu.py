@@ -107,14 +107,21 @@ class Plan:
         cores = os.cpu_count() or 1
         parallel = importlib.util.find_spec("xdist") and cores >= 4 and not self.dry_run
         workers = (f"-n{min(cores // 2, 8)}",) if parallel else ()
+        # Collecting all tests would take as long as running these.
+        marked = [
+            str(path.relative_to(ROOT))
+            for path in sorted((ROOT / "tests").rglob("test_*.py"))
+            if "mark.gpu" in path.read_text()
+        ]
         # On the CPU they are collected and skipped.
-        return self._pytest("tests", 140, "-mgpu", *workers, "tests", may_skip=self.dry_run)
+        return self._pytest("tests", 140, "-mgpu", *workers, *marked, may_skip=self.dry_run)
 
     def _iteration(self) -> Step:
         report = self.folder / "iteration.json"
         script = (sys.executable, str(ROOT / "bench/iteration.py"), f"--json={report}")
+        small = ("--model=resnet18-0.25", "--batch=4", "--size=32", "--sweeps=1")
         where = (
-            ("--device=cpu", "--threads=1", "--model=mobilenet_v2-0.25", "--batch=8", "--sweeps=1")
+            ("--device=cpu", "--threads=1", *small)
             if self.dry_run
             else ("--device=cuda", "--model=mobilenet_v2-1.5", "--batch=64", "--size=224")
         )

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import multiprocessing
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 import torch
@@ -19,7 +24,10 @@ import dmcp
 from dmcp.cost import LatencyTable, TableAxis, TableTerm
 from dmcp.models import build
 
+# One thread here and in every process that a test starts: as many as there are cores, in as many
+# workers as there are cores, wait for each other most of the time.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some virtual machines advertise AMX and die of it; oneDNN reads this at its first primitive.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
@@ -413,6 +421,29 @@ def reference_ops(monkeypatch):
     # By their names: dmcp.ops.norm_act is the function.
     for name in ("dmcp.ops.norm_act", "dmcp.nn.conv"):
         monkeypatch.setattr(importlib.import_module(name), "accelerated", lambda: False)
+    monkeypatch.setattr("dmcp.ops.library._original", False)
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., ForkServerProcess]:
+    """Starts ``python -m dmcp …`` or ``python <file> …`` in a process of its own, forked from one
+    that has imported what takes seconds, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    packages = ("torch.export", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets")
+    context.set_forkserver_preload(["dmcp.cli.commands", *packages, "kornia"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONSAFEPATH", "1")  # the installed package, not the checkout's folder
+        forkserver.ensure_running()
+
+    def start(program: str, *arguments: object) -> ForkServerProcess:
+        run = runpy.run_path if program.endswith(".py") else runpy.run_module
+        process = context.Process(target=run, args=(program, None, "__main__"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [program, *map(str, arguments)])  # the process takes it over
+            process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "nodes/kernels.h"
 #include "nodes/norm_act.h"
 #include "nodes/products.h"
 
@@ -121,19 +122,24 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
 
 Pair pair(at::IntArrayRef values) { return {values[0], values[1]}; }
 
-Tensor conv_norm_act(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm_weight,
-                     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& residual,
-                     const std::optional<Tensor>& running_mean,
-                     const std::optional<Tensor>& running_var, int64_t inputs,
-                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                     at::IntArrayRef dilation, bool depthwise, double momentum, double eps,
-                     int64_t act, bool before, at::OptionalIntArrayRef widths) {
+// None where the arguments are not what the node takes: whoever calls finds out why, or how to do
+// without it.
+std::optional<Tensor> conv_norm_act(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& residual, const std::optional<Tensor>& running_mean,
+    const std::optional<Tensor>& running_var, int64_t inputs, at::IntArrayRef kernel,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool depthwise,
+    double momentum, double eps, int64_t act, bool before, at::OptionalIntArrayRef widths) {
   const Norm norm = norm_of(norm_weight, norm_bias, scale, residual, running_mean, running_var,
                             momentum, eps, act, before);
   const Convolution conv{inputs, pair(kernel), pair(stride), pair(padding), pair(dilation),
                          depthwise};
   const Plan plan{conv, widths ? widths->vec() : std::vector<int64_t>()};
+  const Products products(conv, x.sizes());
+  const auto sizes = products.output_sizes(x.sizes(), products.cut(weight, plan.widths));
+  if (!has_kernels(x) || !x.is_contiguous(at::MemoryFormat::ChannelsLast) || !takes(sizes, x, norm))
+    return std::nullopt;
   return ConvNormAct::apply(x, weight, norm_weight, norm_bias, scale, residual, norm, plan);
 }
 
@@ -144,7 +150,7 @@ TORCH_LIBRARY_FRAGMENT(dmcp, library) {
       "conv_norm_act_node(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? scale, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "int inputs, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, bool depthwise, "
-      "float momentum, float eps, int act, bool before, int[]? widths) -> Tensor",
+      "float momentum, float eps, int act, bool before, int[]? widths) -> Tensor?",
       &conv_norm_act);
 }
 

@@ -13,7 +13,10 @@ const cpu::PointwiseKernels& pointwise_kernels();
 void gather_windows(const cpu::Windows& windows, Pitched<const void> images, void* matrix);
 void scatter_windows(const cpu::Windows& windows, const void* matrix, void* images);
 
-// Throws TypeError if kernels take no activations of this dtype.
+// Whether there are kernels for activations like x.
+bool has_kernels(const at::Tensor& x);
+
+// Of such activations.
 DType dtype_of(const at::Tensor& x);
 
 }  // namespace dmcp::nodes

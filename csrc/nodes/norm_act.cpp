@@ -96,15 +96,20 @@ void add_row(const Tensor& target, const Tensor& sums, int64_t index) {
   if (target.defined()) target.narrow(0, 0, sums.size(1)).add_(sums.select(0, index));
 }
 
-void check(const Tensor& x, const Norm& norm) {
-  TORCH_CHECK_VALUE(x.numel() >= 2 * x.size(1),
-                    "x must hold 2 or more values per channel in training, got the shape ",
-                    x.sizes());
-  const Tensor& residual = norm.residual;
-  TORCH_CHECK_VALUE(!residual.defined() || (residual.scalar_type() == x.scalar_type() &&
-                                            residual.sizes() == x.sizes()),
-                    "residual must be ", x.scalar_type(), " ", x.sizes(), " like x, got ",
-                    residual.scalar_type(), " ", residual.sizes());
+bool fits(const Tensor& vector, const Tensor& x) {
+  return !vector.defined() || (vector.dim() == 1 && vector.size(0) == x.size(1) &&
+                               vector.scalar_type() == vector_dtype(x) && vector.is_cpu());
+}
+
+// Whether the node takes these arguments.
+bool serves(const Tensor& x, const Norm& norm) {
+  const bool is_dense = x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!has_kernels(x) || x.dim() < 2 || !is_dense) return false;
+  if (norm.running_mean.defined() != norm.running_var.defined()) return false;
+  for (const Tensor* vector :
+       {&norm.weight, &norm.bias, &norm.scale, &norm.running_mean, &norm.running_var})
+    if (!fits(*vector, x)) return false;
+  return takes(x.sizes(), x, norm);
 }
 
 // The node of norm_act_train.
@@ -160,13 +165,18 @@ class Once : public torch::autograd::Function<Once> {
   }
 };
 
-Tensor norm_act(const Tensor& x, const std::optional<Tensor>& weight,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                const std::optional<Tensor>& residual, const std::optional<Tensor>& running_mean,
-                const std::optional<Tensor>& running_var, double momentum, double eps, int64_t act,
-                bool before) {
+// None where the arguments are not what the node takes: whoever calls finds out why, or how to do
+// without it.
+std::optional<Tensor> norm_act(const Tensor& x, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& scale,
+                               const std::optional<Tensor>& residual,
+                               const std::optional<Tensor>& running_mean,
+                               const std::optional<Tensor>& running_var, double momentum,
+                               double eps, int64_t act, bool before) {
   const Norm norm = norm_of(weight, bias, scale, residual, running_mean, running_var, momentum, eps,
                             act, before);
+  if (!serves(x, norm)) return std::nullopt;
   return NormAct::apply(x, weight, bias, scale, residual, norm);
 }
 
@@ -189,8 +199,16 @@ Norm norm_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& b
           before ? Residual::before : Residual::after};
 }
 
+bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm) {
+  const Tensor& residual = norm.residual;
+  const int64_t values = c10::multiply_integers(sizes);
+  const bool fits = !residual.defined() || (residual.scalar_type() == x.scalar_type() &&
+                                            residual.is_cpu() && residual.sizes() == sizes);
+  return values > 0 && values >= 2 * sizes[1] && fits && norm.act >= Act::identity &&
+         norm.act <= Act::silu;
+}
+
 Normalised normalise(const Tensor& x, const Norm& norm) {
-  check(x, norm);
   const Shape shape = shape_of(x);
   const cpu::NormActKernels& run = norm_act_kernels(shape.dtype);
   Normalised result{at::empty_like(x), at::empty({2, x.size(1)}, x.options().dtype(vector_dtype(x)))};
@@ -245,7 +263,7 @@ TORCH_LIBRARY_FRAGMENT(dmcp, library) {
   library.def(
       "norm_act_node(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? residual, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int act, "
-      "bool before) -> Tensor",
+      "bool before) -> Tensor?",
       &norm_act);
 }
 

@@ -29,12 +29,15 @@ Norm norm_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& b
              const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
              double momentum, double eps, int64_t act, bool before);
 
+// Whether a norm can be applied to activations of these sizes, and else like x.
+bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm);
+
 struct Normalised {
   Tensor y;
   Tensor moments;  // [2, C]: mean and biased variance
 };
 
-// Throws ValueError if there are fewer than two values per channel or a residual does not fit.
+// x is dense, and of sizes that the norm `takes`.
 Normalised normalise(const Tensor& x, const Norm& norm);
 
 struct Gradients {

@@ -146,6 +146,14 @@ Tensor Products::cut(const Tensor& weight, at::IntArrayRef widths) const {
   return weight.as_strided({outputs, inputs, sizes[2], sizes[3]}, strides);
 }
 
+std::array<int64_t, 4> Products::output_sizes(at::IntArrayRef sizes, const Tensor& weight) const {
+  const auto side = [&](int axis) {
+    const int64_t window = conv_.dilation[axis] * (conv_.kernel[axis] - 1) + 1;
+    return (sizes[2 + axis] + 2 * conv_.padding[axis] - window) / conv_.stride[axis] + 1;
+  };
+  return {sizes[0], weight.size(0), side(0), side(1)};
+}
+
 Tensor Products::output(const Tensor& x, const Tensor& weight) const {
   switch (way_) {
     case Way::pointwise: return pointwise(x, weight);

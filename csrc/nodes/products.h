@@ -32,6 +32,9 @@ class Products {
   // `widths` says, all where that is empty.
   Tensor cut(const Tensor& weight, at::IntArrayRef widths) const;
 
+  // Of an output of these sizes of x and a weight.
+  std::array<int64_t, 4> output_sizes(at::IntArrayRef sizes, const Tensor& weight) const;
+
   Tensor output(const Tensor& x, const Tensor& weight) const;
   Tensor grad_input(const Tensor& grad, const Tensor& weight, at::IntArrayRef sizes) const;
 

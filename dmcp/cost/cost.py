@@ -31,8 +31,8 @@ class Cost(ABC):
             ConfigError: see `dmcp.graph.check_widths`.
         """
         full = check_widths(self.units, widths)
-        vector = torch.tensor([[full[unit.name] for unit in self.units]], dtype=torch.int64)
-        return self.of_many(vector).item()
+        row = [full[unit.name] for unit in self.units]
+        return self.of_many(torch.tensor([row], dtype=torch.int64, device="cpu")).item()
 
     @abstractmethod
     def of_many(self, widths: Tensor) -> Tensor:

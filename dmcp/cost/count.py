@@ -19,8 +19,8 @@ class _Terms:
 
     def __init__(self, units: int) -> None:
         self.constant = 0
-        self.linear = torch.zeros(units, dtype=torch.int64)
-        self.quadratic = torch.zeros(units, units, dtype=torch.int64)
+        self.linear = torch.zeros(units, dtype=torch.int64, device="cpu")
+        self.quadratic = torch.zeros(units, units, dtype=torch.int64, device="cpu")
 
     def add(self, factor: int, axes: Sequence[AxisMap]) -> None:
         """Add factor times the lengths of at most two axes."""

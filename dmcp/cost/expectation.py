@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from functools import reduce
+from functools import partial, reduce
 from math import gcd, lcm
 
 import torch
@@ -70,13 +70,15 @@ class Expectation:
         """The expectation over units with these ascending widths, on a device."""
         most = max(map(len, choices))
         groups = sum(len(grid) - 1 for grid in choices)
-        reach = torch.full((len(choices), most + 1), 1 + groups)
-        widths = torch.zeros(len(choices), most, dtype=torch.float64)
+        integers = partial(torch.tensor, dtype=torch.int64, device="cpu")
+        floats = partial(torch.tensor, dtype=torch.float64, device="cpu")
+        reach = torch.full((len(choices), most + 1), 1 + groups, device="cpu")
+        widths = torch.zeros(len(choices), most, dtype=torch.float64, device="cpu")
         first = 1
         for number, grid in enumerate(choices):
             reach[number, 0] = 0
-            reach[number, 1 : len(grid)] = torch.arange(first, first + len(grid) - 1)
-            widths[number] = torch.tensor([*grid] + [grid[-1]] * (most - len(grid)))
+            reach[number, 1 : len(grid)] = integers(range(first, first + len(grid) - 1))
+            widths[number] = floats([*grid] + [grid[-1]] * (most - len(grid)))
             first += len(grid) - 1
 
         parts: list[tuple[int, list[int]]] = []
@@ -99,29 +101,25 @@ class Expectation:
                 rows.append([base])
         longest = max([most, *map(len, rows)])
         filled = [row + row[-1:] * (longest - len(row)) for row in rows]
-        positions = torch.tensor(filled, dtype=torch.float64).reshape(-1, longest)
+        positions = floats(filled).reshape(-1, longest)
         # A power of two, for `_of_positions`.
         widest = 1 << (max(map(len, members), default=1) - 1).bit_length()
         return Expectation(
             function=function,
             reach=reach,
             widths=widths,
-            unit=torch.tensor(units, dtype=torch.int64),
+            unit=integers(units),
             positions=positions,
             shares=function.shares(positions.T).transpose(0, 1).contiguous(),
             left=function.places[:, 0].contiguous(),
             right=function.places[:, 1].contiguous(),
-            is_single=torch.tensor(
-                [[float(number not in sums)] for number in range(len(rows))], dtype=torch.float64
-            ).reshape(-1, 1),
-            sums=torch.tensor(sums, dtype=torch.int64),
-            members=torch.tensor(
-                [[*row] + [len(parts)] * (widest - len(row)) for row in members], dtype=torch.int64
+            is_single=floats([number not in sums for number in range(len(rows))]).reshape(-1, 1),
+            sums=integers(sums),
+            members=integers([[*row] + [len(parts)] * (widest - len(row)) for row in members]),
+            part_unit=integers([u for u, _ in parts]),
+            part_place=integers([place + [0] * (most - len(place)) for _, place in parts]).reshape(
+                -1, most
             ),
-            part_unit=torch.tensor([u for u, _ in parts], dtype=torch.int64),
-            part_place=torch.tensor(
-                [place + [0] * (most - len(place)) for _, place in parts], dtype=torch.int64
-            ).reshape(-1, most),
         ).to(device)
 
     def to(self, device: torch.device | str) -> Expectation:

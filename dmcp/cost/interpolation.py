@@ -94,18 +94,18 @@ class Interpolation:
         if len(weights) != len(nodes) or [*map(len, data["single"])] != lengths:
             raise ValueError("weights, nodes and single must be of the same axes")
         longest = max(lengths)
-        places = torch.tensor(data["places"], dtype=torch.int64).reshape(-1, 2)
-        pairs = torch.zeros(len(places), longest, longest, dtype=torch.float64)
+        places = torch.tensor(data["places"], dtype=torch.int64, device="cpu").reshape(-1, 2)
+        pairs = torch.zeros(len(places), longest, longest, dtype=torch.float64, device="cpu")
         for square, values in zip(pairs, data["pairs"], strict=True):
             _fill(square, values)
-        single = torch.zeros(len(nodes), longest, dtype=torch.float64)
-        ends = torch.full((len(nodes), longest), float("inf"), dtype=torch.float64)
+        single = torch.zeros(len(nodes), longest, dtype=torch.float64, device="cpu")
+        ends = torch.full((len(nodes), longest), float("inf"), dtype=torch.float64, device="cpu")
         for number, (row, values) in enumerate(zip(nodes, data["single"], strict=True)):
-            ends[number, : len(row)] = torch.tensor(row, dtype=torch.float64)
-            single[number, : len(row)] = torch.tensor(values, dtype=torch.float64)
+            ends[number, : len(row)] = ends.new_tensor(row)
+            single[number, : len(row)] = single.new_tensor(values)
         return cls(
-            constant=torch.tensor(data["constant"], dtype=torch.float64),
-            weights=torch.tensor(weights, dtype=torch.float64).reshape(len(nodes), -1),
+            constant=single.new_tensor(data["constant"]),
+            weights=single.new_tensor(weights).reshape(len(nodes), -1),
             nodes=ends,
             single=single,
             places=places,
@@ -114,5 +114,5 @@ class Interpolation:
 
 
 def _fill(square: Tensor, values: Sequence[Sequence[float]]) -> None:
-    matrix = torch.tensor(values, dtype=torch.float64)
+    matrix = square.new_tensor(values)
     square[: matrix.shape[0], : matrix.shape[1]] = matrix

@@ -44,14 +44,16 @@ class PolynomialCost(Cost):
     def of_many(self, widths: Tensor) -> Tensor:
         """The exact costs of many structures: int64 [n, U] -> int64 [n]."""
         self._check_many(widths)
-        cpu = widths.cpu() // torch.tensor([unit.step for unit in self.units], dtype=torch.int64)
+        cpu = widths.cpu()
+        cpu = cpu // cpu.new_tensor([unit.step for unit in self.units])
         pairs = (cpu @ self.quadratic * cpu).sum(1)
         return (self.constant + cpu @ self.linear + pairs).to(widths.device)
 
     def coefficients(self) -> Tensor:
         """The polynomial of the widths as a symmetric matrix K, float64 [1 + U, 1 + U]: with
         c_0 = 1 it is Σ_{i<=j} K_ij c_i c_j. What `dmcp.ops.CostTable` is made of."""
-        upper = torch.zeros(1 + len(self.units), 1 + len(self.units), dtype=torch.float64)
+        size = 1 + len(self.units)
+        upper = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         upper[0, 0] = self.constant
         upper[0, 1:], upper[1:, 1:] = self._of_widths(torch.float64)
         return upper + upper.triu(1).T
@@ -62,7 +64,7 @@ class PolynomialCost(Cost):
 
     def _of_widths(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The coefficients of widths rather than steps."""
-        steps = torch.tensor([unit.step for unit in self.units], dtype=dtype)
+        steps = torch.tensor([unit.step for unit in self.units], dtype=dtype, device="cpu")
         return self.linear.to(dtype) / steps, self.quadratic.to(dtype) / torch.outer(steps, steps)
 
     def mean(self, moments: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ class LatencyTable:
     """The latency of a network as a sum over its parts, fitted to that of the whole.
 
     Attributes:
-        setting: what it was measured on and with: device, runtime, versions, threads, input.
+        setting: what it was measured on and with: device, runtime, versions, threads, the shape
+            of the batch (``"input"``).
         units: unit name -> full width, of the network that was measured.
         searchable: those units whose width was varied.
         macs: of the full network, per image.
@@ -125,7 +126,7 @@ class LatencyTable:
             for term in data["terms"]
         )
         table = cls(
-            setting=data["setting"],
+            setting=dict(data["setting"]),
             units=data["units"],
             searchable=tuple(data["searchable"]),
             macs=data["macs"],
@@ -153,10 +154,11 @@ class LatencyTable:
         """The latency of the whole network in milliseconds as a function of the widths, in the
         order of ``units``."""
         constant = self.offset
-        single = [torch.zeros(len(axis.nodes), dtype=torch.float64) for axis in self.axes]
+        floats = partial(torch.tensor, dtype=torch.float64, device="cpu")
+        single = [floats([0.0] * len(axis.nodes)) for axis in self.axes]
         pairs: dict[tuple[int, ...], Tensor] = {}
         for term in self.terms:
-            values = self.scale * torch.tensor(term.ms, dtype=torch.float64)
+            values = self.scale * floats(term.ms)
             shape = [len(self.axes[axis].nodes) for axis in term.axes]
             if list(values.shape) != shape:
                 raise ValueError(f"{term.name}: {list(values.shape)} values for {shape}")
@@ -241,6 +243,14 @@ def latency(graph: ChannelGraph, table: LatencyTable, macs: int) -> TableCost:
             f"the latency table is of another network or image size: it has {len(table.units)} "
             f"units and {table.macs:,} MACs, this network {len(units)} and {macs:,}; measure this "
             f"one with `{MEASURE}`"
+        )
+    # Of the measured batch only its size may be another: it is that of what will be served.
+    images = table.setting.get("input")
+    if images and graph.inputs and [tuple(images[1:])] != [*graph.inputs]:
+        raise ConfigError(
+            f"the latency table is of images {images[1:]}, this network was traced with "
+            f"{', '.join(str([*shape]) for shape in graph.inputs)}; measure it with these with "
+            f"`{MEASURE}`"
         )
     for measured, own in zip_longest(table.operators, graph.operators):
         if measured != own:

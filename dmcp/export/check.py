@@ -30,7 +30,7 @@ def check(form: str, network: Network, exported: Network, inputs: Sequence[Tenso
     rows = len(inputs[0])
     worst = 0.0
     for size in (1, rows + 1):
-        batch = [_probe(each)[torch.arange(size) % rows] for each in inputs]
+        batch = [_probe(each)[torch.arange(size, device="cpu") % rows] for each in inputs]
         expected = _run("the network", network, batch)
         got = _run(f"the {form} form", exported, batch)
         shapes = [
@@ -83,5 +83,5 @@ def _probe(example: Tensor) -> Tensor:
     """The example, or noise instead of one whose values are all the same: it would show little."""
     if not example.is_floating_point() or bool((example != example.flatten()[0]).any()):
         return example
-    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), device="cpu")
     return noise.to(example.dtype)

@@ -57,7 +57,7 @@ class ModuleClass:
         is_sequential: whether it is an ``nn.Sequential``.
         forward: None if it is never called, or called as ``nn.Sequential`` is.
         instances: the values of each module of this class.
-        ties: statements that make two tensors one.
+        endings: statements that end its constructor: two tensors are one, some are not trained.
         name: a unique one, given at the end.
     """
 
@@ -66,7 +66,7 @@ class ModuleClass:
     is_sequential: bool
     forward: Forward | None
     instances: list[tuple[Value, ...]] = field(default_factory=list)
-    ties: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
     name: str = ""
 
     def parameters(self) -> dict[int, str]:
@@ -117,7 +117,7 @@ class ModuleClass:
                 body += lines(call("self.add_module", literal(attribute), source), 2)
             elif attribute:
                 body += lines(source, 2, f"self.{attribute} = ")
-        body += [line for tie in self.ties for line in lines(tie, 2)]
+        body += [line for ending in self.endings for line in lines(ending, 2)]
         return [*lines(header, 1, "def ", " -> None:"), *body]
 
     def _types(self, place: int) -> str:

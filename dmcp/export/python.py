@@ -21,8 +21,7 @@ Takes {shapes}, for any N.
 
 It needs torch and safetensors only; `load` reads the weights beside this file. In
 training mode, layers of torch.nn that are called as modules do what they always do, and
-the code between them what it did in evaluation mode, where it was recorded. All
-parameters are trainable.
+the code between them what it did in evaluation mode, where it was recorded.
 """'''
 _LOAD = '''
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -93,9 +94,24 @@ class _Writer:
         ties = {name: first for first, *others in self.names for name in others}
         made = self._class("", self.model).made
         access = partial(self.program.access, "")
-        made.ties = tuple(f"{access(name)} = {access(other)}" for name, other in ties.items())
+        tied = (f"{access(name)} = {access(other)}" for name, other in ties.items())
+        made.endings = (*tied, *self._untrained("", self.model))
         lines = self.classes.source()
         return Source(made.name, lines, {**self.held, **self.constants}, bool(ties))
+
+    def _untrained(self, name: str, module: nn.Module) -> Iterator[str]:
+        """Statements that freeze the parameters that are frozen, whole modules where they are."""
+        if all(parameter.requires_grad for parameter in module.parameters()):
+            return
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            yield f"{self.program.access('', name) if name else 'self'}.requires_grad_(False)"
+            return
+        prefix = f"{name}." if name else ""
+        for key, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                yield f"{self.program.access('', prefix + key)}.requires_grad_(False)"
+        for key, child in module.named_children():
+            yield from self._untrained(prefix + key, child)
 
     def _is_called_plainly(self, name: str, program: Program) -> bool:
         """Whether every call takes one tensor and gives one."""

@@ -149,6 +149,7 @@ class ChannelGraph:
         layers: every call that costs multiply–accumulates, in execution order.
         nodes: the flow of channels, in execution order.
         proof: what was checked; None for a model on the meta device, which cannot be run.
+        inputs: shapes of the example's tensors without the first dimension, in order.
     """
 
     model: nn.Module
@@ -160,6 +161,7 @@ class ChannelGraph:
     layers: tuple[LayerCall, ...]
     nodes: tuple[Node, ...]
     proof: Proof | None = None
+    inputs: tuple[tuple[int, ...], ...] = ()
 
     def widths(self) -> dict[str, int]:
         """The full width of every unit."""

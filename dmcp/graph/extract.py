@@ -98,7 +98,7 @@ def cut(tensor: Tensor, axes: Sequence[AxisMap | None], steps: Mapping[int, Tens
 def _prefixes(graph: ChannelGraph, widths: Mapping[str, int]) -> dict[int, Tensor]:
     full = check_widths(graph.units, widths)
     return {
-        number: torch.arange(unit.channels // unit.step) < full[unit.name] // unit.step
+        number: torch.arange(0, unit.channels, unit.step, device="cpu") < full[unit.name]
         for number, unit in enumerate(graph.units)
         if full[unit.name] < unit.channels
     }
@@ -108,13 +108,13 @@ def _subsets(graph: ChannelGraph, kept: Mapping[str, Tensor | Sequence[int]]) ->
     steps = {}
     numbers = {unit.name: number for number, unit in enumerate(graph.units)}
     for name, indices in kept.items():
-        index = torch.as_tensor(indices).unique()
+        index = torch.as_tensor(indices, device="cpu").unique()
         check_widths(graph.units, {name: len(index)})
         unit = graph.units[numbers[name]]
         is_integer = not index.is_floating_point() and index.dtype != torch.bool
         if not (is_integer and ((index >= 0) & (index < unit.channels)).all()):
             raise ConfigError(f"kept[{name!r}]: indices must be integers in 0..{unit.channels - 1}")
-        mask = torch.zeros(unit.channels, dtype=torch.bool)
+        mask = torch.zeros(unit.channels, dtype=torch.bool, device="cpu")
         mask[index] = True
         rows = mask.view(-1, unit.step)
         if not torch.equal(rows.all(1), rows.any(1)):

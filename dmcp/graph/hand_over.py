@@ -55,7 +55,8 @@ def hand_over(
     Raises:
         ConfigError: as `extract`; an optimizer holds no parameter of the model, or remembers
             something of a parameter that is neither a single number nor of its shape (factored
-            or blockwise moments); an average is not one of this model.
+            or blockwise moments), or of several at once (L-BFGS); an average is not one of this
+            model.
     """
     steps = kept_steps(graph, widths, kept)
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
@@ -127,6 +128,8 @@ def _state(
         raise ConfigError(
             f"optimizers: {type(optimizer).__name__} holds no parameter of the traced model"
         )
+    if any(p in successors and p.shape != successors[p].parameter.shape for p in held):
+        _check_apart(optimizer)
     state: dict[Any, Any] = {}
     for parameter, remembered in optimizer.state.items():
         if parameter not in successors:
@@ -139,6 +142,19 @@ def _state(
             for key, value in remembered.items()
         }
     return state
+
+
+def _check_apart(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that remembers several parameters as one vector, as L-BFGS does in the
+    state of the first one, whose own shape may well stay."""
+    for parameter, remembered in optimizer.state.items():
+        for key, value in remembered.items():
+            if isinstance(value, Tensor) and value.numel() > max(parameter.numel(), 1):
+                raise ConfigError(
+                    f"optimizers: {type(optimizer).__name__} remembers {key!r}, "
+                    f"of shape {[*value.shape]}, of a parameter of shape {[*parameter.shape]}, "
+                    "so of others, too: it cannot be handed over"
+                )
 
 
 def _cut_state(

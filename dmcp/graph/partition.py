@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmcp.graph.channel_graph import ChannelGraph, LayerCall, ModuleAxes, ModuleSize, Node
 from dmcp.graph.slots import Slots
-from dmcp.graph.tensors import tensor_of
+from dmcp.graph.tensors import tensor_of, unwrapped
 from dmcp.graph.tracer import Flow, Tracer
 from dmcp.graph.units import FIXED, AxisMap, ChannelUnit, Member
 
@@ -58,7 +58,8 @@ class Partition:
                 key = tuple(signature[label].tolist())
                 number = numbers.setdefault(key, len(self.units))
                 if number == len(self.units):
-                    self.units.append(_Unit(_unique(module, taken), int(counts[place]), []))
+                    name = _unique(unwrapped(module) or module, taken)
+                    self.units.append(_Unit(name, int(counts[place]), []))
                 unit = self.units[number]
                 self.unit_of[label], self.index_of[label] = number, len(unit.classes)
                 unit.classes.append(label)

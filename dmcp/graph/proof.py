@@ -37,7 +37,8 @@ def prove(graph: ChannelGraph, inputs: Sequence[Any], keywords: Mapping[str, Any
         TraceError: the model cannot be copied, or its copy cannot be run with random numbers.
     """
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
+    # What the model's own code makes without naming a device meets the copy on the CPU.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         refuted, count, worst, dtype = _examine(graph, inputs, keywords)
     reasons = {graph.units[number].name: reason for number, reason in refuted.items()}
     units = tuple(

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from dmcp.errors import ConfigError
 
 
+def unwrapped(name: str) -> str:
+    """A qualified name as it would be without ``torch.compile``, in the model or around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its qualified name.
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph.capture import capture
 from dmcp.graph.channel_graph import ChannelGraph
-from dmcp.graph.tensors import tensor_of
+from dmcp.graph.tensors import tensor_of, unwrapped
 from dmcp.graph.units import ChannelUnit
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def trace(
     from dmcp.graph.proof import prove
 
     inputs, keywords = _arguments(example_inputs)
-    images = _batch([*inputs, *keywords.values()])
+    shapes = _shapes([*inputs, *keywords.values()])
+    images = shapes[0][0]
     programs = [capture(model, inputs, keywords, training=False)]
     tracer = _follow(model, programs, images, larger=True)
     if _meets_more(model, tracer):
@@ -71,7 +72,11 @@ def trace(
     def proven(tracer: Tracer) -> ChannelGraph:
         _tie(tracer, tied)
         graph = Partition(tracer).graph()
-        graph = replace(graph, units=_chosen(graph.units, exclude, min_width))
+        graph = replace(
+            graph,
+            units=_chosen(graph.units, exclude, min_width),
+            inputs=tuple(shape[1:] for shape in shapes),
+        )
         # On the meta device there is nothing to run: costs can be asked for, not more.
         on_meta = any(tensor.is_meta for tensor in model.parameters())
         return graph if on_meta else prove(graph, inputs, keywords)
@@ -113,11 +118,13 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example), {}
 
 
-def _batch(inputs: Sequence[Any]) -> int:
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors or not tensors[0].shape[0]:
+def _shapes(inputs: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Those of the tensors that have dimensions."""
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    shapes = [tuple(leaf.shape) for leaf in leaves]
+    if not shapes or not shapes[0][0]:
         raise ConfigError("example_inputs must hold a tensor with a batch dimension of at least 1")
-    return int(tensors[0].shape[0])
+    return shapes
 
 
 def _meets_more(model: nn.Module, tracer: Tracer) -> bool:
@@ -169,5 +176,6 @@ def _restricted(unit: ChannelUnit, exclude: Sequence[str], least: Mapping[str, i
 
 
 def _matches(unit: ChannelUnit, pattern: str) -> bool:
-    makers = (member.module for member in unit.members if member.role == "out")
-    return any(fnmatchcase(name, pattern) for name in (unit.name, *makers))
+    makers = [member.module for member in unit.members if member.role == "out"]
+    names = {unit.name, *makers, *map(unwrapped, makers)}
+    return any(fnmatchcase(name, pattern) for name in names)

@@ -41,7 +41,8 @@ class ChannelUnit:
     """A set of tensor axes that are tied together: one width decides them all.
 
     Attributes:
-        name: qualified name of the first module, in execution order, that produces it.
+        name: qualified name of the first module, in execution order, that produces it, without
+            what ``torch.compile`` puts into names.
         channels: full width, the number of channels this module produces for it.
         choices: ascending widths the unit may take, multiples of ``step``.
         searchable: whether its width may change.

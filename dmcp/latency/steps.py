@@ -22,7 +22,7 @@ def on_steps(graph: ChannelGraph, cost: Cost) -> ChannelGraph:
         graph: what `dmcp.trace` returned.
         cost: of the same units, as ``dmcp.cost(graph, "latency", table)``.
     """
-    full = torch.tensor([unit.channels for unit in graph.units])
+    full = torch.tensor([unit.channels for unit in graph.units], device="cpu")
     return replace(
         graph,
         units=tuple(_stepped(number, unit, full, cost) for number, unit in enumerate(graph.units)),
@@ -31,7 +31,7 @@ def on_steps(graph: ChannelGraph, cost: Cost) -> ChannelGraph:
 
 def _stepped(number: int, unit: ChannelUnit, full: torch.Tensor, cost: Cost) -> ChannelUnit:
     structures = full.repeat(len(unit.choices), 1)
-    structures[:, number] = torch.tensor(unit.choices)
+    structures[:, number] = torch.tensor(unit.choices, device="cpu")
     values = cost.of_many(structures).tolist()
     fastest, kept = float("inf"), []
     for width, value in zip(reversed(unit.choices), reversed(values), strict=True):

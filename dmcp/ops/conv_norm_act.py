@@ -60,9 +60,11 @@ def conv_norm_act(
         ValueError: fewer than two values per channel, or a residual that does not fit.
     """
     if has_node(x):
-        return torch.ops.dmcp.conv_norm_act_node.default(
+        y = torch.ops.dmcp.conv_norm_act_node.default(
             x, weight, *norm, *conv, *options.numbers, widths
         )
+        if y is not None:
+            return y
     if norm.running_mean is not None and norm.running_var is not None:
         # Ops do not count what they write; a backward that saved these has to notice.
         torch.autograd.graph.increment_version((norm.running_mean, norm.running_var))

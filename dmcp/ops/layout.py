@@ -43,12 +43,6 @@ def place(x: Tensor) -> Placed:
     return Placed(x.contiguous(), False, math.prod(x.shape[1:]))
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether ``x`` has one of the two layouts, and no gaps."""
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return last or x.is_contiguous()
-
-
 def place_like(x: Tensor, other: Placed) -> Placed:
     """``x`` in the order of another tensor; a dense copy where it is not in that order."""
     if x.stride() == other.tensor.stride():

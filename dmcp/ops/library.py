@@ -19,7 +19,7 @@ _CPU_KERNELS: dict[str, Kernel] = {}
 _original = True
 """Whether all of these are in use: none is `replaced`."""
 
-_OF_NODES = (torch.float32, torch.bfloat16, torch.float64)
+_NODES = native_nodes()
 
 
 def register(
@@ -83,8 +83,9 @@ def op(name: str, x: Tensor) -> Kernel:
 
 
 def has_node(x: Tensor) -> bool:
-    """Whether the C++ nodes of the autograd graph can take this tensor."""
-    return _original and native_nodes() and x.dtype in _OF_NODES and _is_plain(x)
+    """Whether to ask the C++ node of an op, ``torch.ops.dmcp.<op>_node``, first. It gives None for
+    arguments that it does not take."""
+    return _NODES and _original and _is_plain(x)
 
 
 def _is_plain(x: Tensor) -> bool:

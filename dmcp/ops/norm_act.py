@@ -19,7 +19,7 @@ as one op each way, ``norm_act_train`` and ``norm_act_train_backward``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmcp.backends import accelerated, native_cuda, native_module, triton_installed
-from dmcp.ops.layout import empty_like, is_dense, place
+from dmcp.ops.layout import empty_like, place
 from dmcp.ops.library import has_node, op, register
 from dmcp.ops.norm_act_eager import (
     ACTIVATIONS,
@@ -38,6 +38,9 @@ from dmcp.ops.norm_act_eager import (
     stats_dtype,
 )
 from dmcp.ops.norm_act_native import DTYPES, CpuKernels, CudaKernels
+
+
+RESIDUAL_PLACES = get_args(ResidualPlace)
 
 
 def norm_act(
@@ -87,6 +90,12 @@ def norm_act(
         ValueError: a shape or device does not fit, an unknown name, fewer than two values per
             channel in training, or no statistics in evaluation.
     """
+    options = Options(momentum, eps, act, residual is not None and residual_place == "before")
+    if training and not synchronised and has_node(x) and residual_place in RESIDUAL_PLACES:
+        tensors = (x, weight, bias, scale, residual, running_mean, running_var)
+        y = torch.ops.dmcp.norm_act_node.default(*tensors, *options.numbers)
+        if y is not None:
+            return y
     _check(
         x,
         act,
@@ -119,12 +128,7 @@ def norm_act(
             momentum=momentum,
             eps=eps,
         )
-    options = Options(momentum, eps, act, residual is not None and residual_place == "before")
     if training and alone:
-        if has_node(x) and is_dense(x):
-            return torch.ops.dmcp.norm_act_node.default(
-                x, weight, bias, scale, residual, running_mean, running_var, *options.numbers
-            )
         if running_mean is not None and running_var is not None:
             # Ops do not count what they write; a backward that saved these has to notice.
             torch.autograd.graph.increment_version((running_mean, running_var))
@@ -156,7 +160,10 @@ class Options(NamedTuple):
     @property
     def numbers(self) -> tuple[float, float, int, bool]:
         """As the C++ nodes take them."""
-        return self.momentum, self.eps, ACTIVATIONS.index(self.act), self.before
+        return self.momentum, self.eps, _CODES.get(self.act, -1), self.before
+
+
+_CODES = {act: code for code, act in enumerate(ACTIVATIONS)}
 
 
 # The form of autograd.Function with `setup_context` would cost as much as everything else together,
@@ -371,7 +378,7 @@ def _check(x: Tensor, act: str, residual: Tensor | None, place: str, **vectors: 
 
 def check_residual_place(place: str) -> None:
     """Raises ValueError unless it is one."""
-    if place not in ("before", "after"):
+    if place not in RESIDUAL_PLACES:
         raise ValueError(f"residual_place must be 'before' or 'after', got {place!r}")
 
 

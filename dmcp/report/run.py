@@ -107,8 +107,23 @@ class Run:
         return str(self.config.get("kind", "search"))
 
     def chains(self) -> Chains | None:
-        """The chains of the run's own search, once it is finished."""
-        return Chains.read(self.searches[""]) if "" in self.searches else None
+        """The chains of the run's own search, once it is finished.
+
+        Raises:
+            CheckpointError: its file holds something else, or what was recorded on the way is of
+                other chains.
+        """
+        if "" not in self.searches:
+            return None
+        chains = Chains.read(self.searches[""])
+        if self.retained is not None:
+            recorded = {unit: q.shape[1] for unit, q in self.retained.of.items()}
+            if recorded != {unit: len(q) for unit, q in chains.retain.items()}:
+                raise CheckpointError(
+                    f"{self.path / 'chains.jsonl'} is not of the search in {self.searches['']}: "
+                    "its units or their groups are others"
+                )
+        return chains
 
     def targets(self) -> dict[str, float]:
         """Metric -> budget; nothing before the search is finished."""

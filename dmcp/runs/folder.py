@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,19 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def open(self, config: dict[str, Any], *, write: bool = True) -> None:
+    def open(
+        self,
+        config: dict[str, Any],
+        needed: Mapping[str, dict[str, Any]] | None = None,
+        *,
+        write: bool = True,
+    ) -> None:
         """Take up the run of this configuration, or begin it if the folder is new.
 
         Args:
             config: plain JSON data.
+            needed: JSON files without which the run could not be taken up, by name; they are there
+                before ``config.json`` is.
             write: create what is missing (the main process does).
 
         Raises:
@@ -52,16 +61,19 @@ class RunFolder:
             MissingDependencyError: safetensors, which the run will need, is not installed.
         """
         require("safetensors.torch", "cli", "saving weights")
-        wanted = json.loads(json.dumps({"format": FORMAT, **config}))
-        if self._is_new():
-            if write:
-                self.write_json("config.json", wanted)
-            return
-        held = self.config()
-        if held != wanted:
+        missing = {n: data for n, data in (needed or {}).items() if not self._holds(n, data)}
+        wanted = _plain({"format": FORMAT, **config})
+        is_new = self._is_new((needed or {}).keys() - missing.keys())
+        if not is_new and (held := self.config()) != wanted:
             raise CheckpointError(
                 f"{self.path} holds a run of another configuration: {_difference(held, wanted)}"
             )
+        if not write:
+            return
+        for name, data in missing.items():
+            self.write_json(name, data)
+        if is_new:
+            self.write_json("config.json", wanted)
 
     def config(self) -> dict[str, Any]:
         """What the run was asked for.
@@ -127,15 +139,26 @@ class RunFolder:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} does not fit the network: {reason}") from None
 
-    def _is_new(self) -> bool:
+    def _is_new(self, first: Set[str]) -> bool:
+        """Whether there is nothing yet but files that are written before ``config.json``."""
         if self.path.is_file():
             raise CheckpointError(f"{self.path} is a file, not a run folder")
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         # Hidden files do not count: a kill may have left a part of the very first file.
-        if not self.path.exists() or all(entry.name[0] == "." for entry in self.path.iterdir()):
+        if all(name[0] == "." for name in names - first):
             return True
         if not (self.path / "config.json").exists():
             raise CheckpointError(f"{self.path} is not empty and not a run folder")
         return False
+
+    def _holds(self, name: str, data: dict[str, Any]) -> bool:
+        """Whether a JSON file of the run holds this."""
+        return (self.path / name).exists() and self.read_json(name) == _plain(data)
+
+
+def _plain(data: dict[str, Any]) -> Any:
+    """What is read of it once it is written."""
+    return json.loads(json.dumps(data))
 
 
 def _difference(held: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:

@@ -232,15 +232,21 @@ class Job:
             )
         return epochs * per_epoch
 
-    def open(self, config: dict[str, Any], holdout: ImageSet | None = None) -> bool:
-        """Take the run folder, the main process first; returns whether the run is finished."""
+    def open(
+        self,
+        config: dict[str, Any],
+        holdout: ImageSet | None = None,
+        needed: Mapping[str, dict[str, Any]] | None = None,
+    ) -> bool:
+        """Take the run folder, see `RunFolder.open`, the main process first; returns whether the
+        run is finished."""
         self._stream(1, 0, holdout).close()  # refuses a batch size that fits not, before it writes
         world = self.machine.world
         if world.is_main:
-            self.folder.open(config)
+            self.folder.open(config, needed)
         barrier(world)
         if not world.is_main:
-            self.folder.open(config, write=False)
+            self.folder.open(config, needed, write=False)
         finished = (self.folder.path / "results.json").exists()
         if self.ledger is not None and not finished:
             self.ledger.begin()
@@ -364,7 +370,8 @@ class Job:
         """Train one structure inside the whole network, taught by it: the structure, seconds."""
         model = self.build()
         # Two groups, so that every unit of at least two channels has a chain to take its width.
-        net = MarkovNet(model, self.example(), groups=2, divisor=1)
+        graph = replace(self.graph, model=model)
+        net = MarkovNet(model, groups=2, divisor=1, graph=graph)
         stage = DistilledTraining(net, widths, options, steps, self.machine.world)
         seconds = self.run(stage, name, net.model, recorder)
         small = self._place(extract(net.graph, widths))

@@ -9,7 +9,6 @@ from torch import nn
 from dmcp import models
 from dmcp.cost import TABLE, LatencyTable
 from dmcp.errors import CheckpointError, ConfigError
-from dmcp.graph import trace
 from dmcp.methods import uniform_widths
 from dmcp.runs.config import NetworkConfig, SearchConfig, TrainConfig, to_json
 from dmcp.runs.folder import RunFolder
@@ -37,9 +36,8 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
     ledger = Ledger(folder, machine.world, machine.command)
     job = Job(config.network, data, folder, machine, config.exclude, ledger)
     model = job.build()
-    graph = trace(model, job.example(), exclude=config.exclude)
     grid = (config.groups, config.divisor, config.min_width)
-    net = MarkovNet(model, None, *grid, graph=graph)
+    net = MarkovNet(model, None, *grid, graph=replace(job.graph, model=model))
     stage = Search(
         net,
         config.budget,
@@ -50,11 +48,11 @@ def run_search(config: SearchConfig, folder: RunFolder, machine: Machine) -> lis
     )
     holdout = data.holdout if config.arch_data == "holdout" else None
     job.check_parts(config.search, config.train)
-    if job.open(to_json(config), holdout):
-        return _finished(folder)[0]
     table = config.budget.latency_table
-    if machine.world.is_main and isinstance(table, LatencyTable):
-        folder.write_json(TABLE, table.to_json())  # the run's own: what is measured later differs
+    # The run's own: what is measured later differs, and the run would be of another configuration.
+    needed = {TABLE: table.to_json()} if isinstance(table, LatencyTable) else None
+    if job.open(to_json(config), holdout, needed):
+        return _finished(folder)[0]
     with job.recorder() as recorder:
         search_seconds = job.run(stage, "search", net.model, recorder, holdout)
         widths = stage.expected_widths()

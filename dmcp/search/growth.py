@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from dmcp.cost import METRICS
 from dmcp.errors import BudgetError
 from dmcp.graph import ChannelGraph
 from dmcp.search.budget import Targets
@@ -22,10 +23,11 @@ def fill(
     graph: ChannelGraph, targets: Targets, worth: Worth, start: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Let units grow through their choices, always by the group that is worth most of those that
-    still fit, until no group of any unit fits.
+    fit, until no wider choice of any unit fits.
 
     With a worth that falls along each unit this is a global threshold, and then whatever room is
-    left below the budget is filled.
+    left below the budget is filled. Where no single group fits, several of one unit may: a measured
+    latency need not grow with the width. Those that are worth most on average are taken then.
 
     Args:
         graph: its units' ``choices`` are the widths they may take.
@@ -42,25 +44,31 @@ def fill(
     start = start or {unit.name: unit.choices[0] for unit in graph.units}
     choices = [unit.choices for unit in graph.units]
     place = [unit.choices.index(start[unit.name]) for unit in graph.units]
-    widths = torch.tensor([grid[k] for grid, k in zip(choices, place, strict=True)])
+    widths = torch.tensor([grid[k] for grid, k in zip(choices, place, strict=True)], device="cpu")
     if not targets.met(widths[None]):
         raise BudgetError("the structure to grow from exceeds the budget already")
-    growing = {u for u, grid in enumerate(choices) if len(grid) > 1}
-    while True:
-        # What does not fit now fits never: everything only grows.
-        growing = {u for u in growing if place[u] + 1 < len(choices[u])}
-        order = sorted(growing, key=lambda u: (-worth[u][place[u]], u))
-        candidates = widths.repeat(len(order), 1)
-        for row, u in enumerate(order):
-            candidates[row, u] = choices[u][place[u] + 1]
-        fits = targets.met(candidates).tolist() if order else []
-        growing = {u for u, fit in zip(order, fits, strict=True) if fit}
-        if not growing:
-            break
-        best = order[fits.index(True)]
-        place[best] += 1
-        widths[best] = choices[best][place[best]]
+
+    def best(groups: range) -> tuple[int, int] | None:
+        """The unit, with its next place, that is worth most per group of those that fit after
+        growing by so many groups."""
+        grown = [(u, k + n) for u, k in enumerate(place) for n in groups if k + n < len(choices[u])]
+        grown.sort(key=lambda each: (-_mean(worth[each[0]][place[each[0]] : each[1]]), *each))
+        candidates = widths.repeat(len(grown), 1)
+        for row, (u, k) in enumerate(grown):
+            candidates[row, u] = choices[u][k]
+        fits = targets.met(candidates).tolist() if grown else []
+        return grown[fits.index(True)] if True in fits else None
+
+    may_fall = any(METRICS[cost.metric].measured for cost in targets.costs)
+    leaps = range(2, max(map(len, choices))) if may_fall else range(0)
+    while found := best(range(1, 2)) or best(leaps):
+        u, place[u] = found
+        widths[u] = choices[u][place[u]]
     return {unit.name: int(width) for unit, width in zip(graph.units, widths, strict=True)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def grow(
@@ -88,4 +96,4 @@ def grow(
 
 def _used(targets: Targets, widths: Mapping[str, int]) -> float:
     """The share of the tightest bound that a structure uses."""
-    return float(targets.largest_ratio(torch.tensor([list(widths.values())])))
+    return float(targets.largest_ratio(torch.tensor([list(widths.values())], device="cpu")))

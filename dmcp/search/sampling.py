@@ -56,7 +56,7 @@ def expected_widths(net: MarkovNet, targets: Targets) -> dict[str, int]:
     def widths(place: list[int]) -> list[int]:
         return [grid[k] for grid, k in zip(choices, place, strict=True)]
 
-    while not targets.met(torch.tensor([widths(place)], dtype=torch.int64)):
+    while not targets.met(torch.tensor([widths(place)], dtype=torch.int64, device="cpu")):
         last = [(q[u][k - 1], u) for u, k in enumerate(place) if k > 0]
         place[min(last)[1]] -= 1
     names = [unit.name for unit in net.graph.units]
@@ -83,8 +83,10 @@ def walk_chains(
     choices = [unit.choices for unit in net.graph.units]
     # The zeros after the last group end every chain.
     p = pad_sequence(transitions.split([len(grid) - 1 for grid in choices]), batch_first=True)
-    grid = pad_sequence([torch.tensor(widths) for widths in choices], batch_first=True)
-    kept = net.chain_class.walk(torch.rand(count, *p.shape, generator=generator) < p).sum(2)
+    widths_of = [p.new_tensor(widths, dtype=torch.int64) for widths in choices]
+    grid = pad_sequence(widths_of, batch_first=True)
+    drawn = torch.rand(count, *p.shape, generator=generator, device="cpu")
+    kept = net.chain_class.walk(drawn < p).sum(2)
     widths = grid.expand(count, -1, -1).gather(2, kept[:, :, None]).squeeze(2)
     return Samples(tuple(unit.name for unit in net.graph.units), widths, count)
 

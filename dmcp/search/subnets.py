@@ -20,7 +20,7 @@ def narrowest(net: MarkovNet) -> Widths:
 
 def random_uniform(net: MarkovNet, generator: torch.Generator) -> Widths:
     """Every unit at one of its choices, all equally likely."""
-    drawn = torch.rand(len(net.graph.units), generator=generator).tolist()
+    drawn = torch.rand(len(net.graph.units), generator=generator, device="cpu").tolist()
     return {
         unit.name: unit.choices[int(u * len(unit.choices))]
         for unit, u in zip(net.graph.units, drawn, strict=True)
@@ -36,7 +36,7 @@ def random_subnets(
     The chains are read from the device when the first sub-network that needs them is asked for;
     until then a copy is on its way, and nobody has waited for it.
     """
-    drawn = torch.rand(count, generator=generator).tolist()
+    drawn = torch.rand(count, generator=generator, device="cpu").tolist()
     uniform = [uniform_share >= 1 or u < uniform_share for u in drawn]
     transitions = None if all(uniform) else HostCopy(net.transitions())
 

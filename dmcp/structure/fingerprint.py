@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmcp.graph import ChannelGraph
-from dmcp.graph.tensors import tensor_of
+from dmcp.graph.tensors import tensor_of, unwrapped
 from dmcp.graph.units import FIXED, AxisMap
 
 
@@ -20,11 +20,11 @@ def graph_hash(graph: ChannelGraph) -> str:
     It covers every unit's name, channels and step, every parameter and buffer's name and shape, and
     which channel of which unit each position of its dimensions carries. It does not depend on
     weights, devices, dtypes or Python objects, on the widths that a search may choose from, on
-    where the model's code lies, or on the order in which modules are registered; but a parameter
-    that several modules share is known by the name that is registered first.
+    where the model's code lies, on ``torch.compile`` around the model or parts of it, or on the
+    order in which modules are registered; but a parameter that several modules share is known by
+    the name that is registered first.
 
-    A wrapper whose module is called otherwise gives another hash, as ``torch.compile`` does, which
-    puts ``_orig_mod.`` before all names: trace the model itself.
+    Any other wrapper whose module is called otherwise gives another hash: trace the model itself.
     """
     names = [unit.name for unit in graph.units]
     # By the rank of its name, so that the order in which units were found does not matter.
@@ -33,12 +33,12 @@ def graph_hash(graph: ChannelGraph) -> str:
     ranks[FIXED] = FIXED
     tensors = [
         [
-            name,
+            unwrapped(name),
             list(tensor_of(graph.model, name).shape),
             [None if axis is None else _axis(axis, ranks) for axis in axes],
             [dim for dim in range(len(axes)) if (name, dim) in graph.consumed],
         ]
-        for name, axes in sorted(graph.tensors.items())
+        for name, axes in sorted(graph.tensors.items(), key=lambda item: unwrapped(item[0]))
     ]
     units = sorted((unit.name, unit.channels, unit.step) for unit in graph.units)
     text = json.dumps({"units": units, "tensors": tensors}, separators=(",", ":"))

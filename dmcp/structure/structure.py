@@ -341,9 +341,9 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _integers(name: str, indices: Tensor | Sequence[int]) -> list[int]:
     try:
-        found = torch.as_tensor(indices)
+        found = torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # of what are no numbers, or none that fit
-        found = torch.tensor(0)
+        found = torch.tensor(0, device="cpu")
     whole = not (found.is_floating_point() or found.is_complex()) and found.dtype != torch.bool
     if found.ndim != 1 or (len(found) and not whole):
         raise StructureError(f"kept[{name!r}] must be a list of channel indices")

@@ -4,8 +4,6 @@ import fcntl
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -108,19 +106,32 @@ if __name__ == "__main__":
 """
 
 
-def test_a_comparison_that_was_killed_continues_with_the_same_numbers(config, place, tmp_path):
+@pytest.fixture
+def start(launch, tmp_path):
+    """Begins a comparison in a process of its own."""
+
+    def begin(config, place, jobs):
+        program, arguments = tmp_path / "killed.py", tmp_path / "arguments"
+        program.write_text(_KILLED)
+        arguments.write_bytes(pickle.dumps((config, place)))
+        return launch(str(program), arguments, jobs)
+
+    return begin
+
+
+def test_a_comparison_that_was_killed_continues_with_the_same_numbers(
+    config, place, start, tmp_path
+):
     recipe = replace(config.recipe, retrain_epochs=6)
     config = replace(config, methods=("uniform",), recipe=recipe)
     whole = run_compare(config, place)
     killed = Place(tmp_path / "killed", "cpu", threads=1, checkpoint_every=2)
-    arguments = tmp_path / "arguments"
-    arguments.write_bytes(pickle.dumps((config, killed)))
-    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments), "1"])
+    process = start(config, killed, 1)
     checkpoint = killed.folder / "trainings"
-    while process.poll() is None and not list(checkpoint.glob("A-*/checkpoint/train.pt")):
+    while process.is_alive() and not list(checkpoint.glob("A-*/checkpoint/train.pt")):
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     assert list(checkpoint.glob("A-*/checkpoint/train.pt")), "it was over before it was killed"
     result = run_compare(config, killed)
     assert [r.top1 for r in result.records] == [r.top1 for r in whole.records]
@@ -128,18 +139,15 @@ def test_a_comparison_that_was_killed_continues_with_the_same_numbers(config, pl
     assert not list(checkpoint.glob("*/checkpoint"))
 
 
-def test_processes_end_with_the_one_that_began_them(config, place, tmp_path):
+def test_processes_end_with_the_one_that_began_them(config, place, start):
     recipe = replace(config.recipe, retrain_epochs=1000)
-    place = replace(place, checkpoint_every=2)
-    arguments = tmp_path / "arguments"
-    arguments.write_bytes(pickle.dumps((replace(config, recipe=recipe), place)))
-    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(arguments), "2"])
+    process = start(replace(config, recipe=recipe), replace(place, checkpoint_every=2), 2)
     pretrained = place.folder / "shared" / "0" / "pretrained.pt"
-    while process.poll() is None and not pretrained.exists():
+    while process.is_alive() and not pretrained.exists():
         time.sleep(0.05)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
-    process.wait()
+    process.join()
     assert workers
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}").exists() for worker in workers):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -196,6 +197,7 @@ def test_what_is_no_table_is_refused(traced, made_up_table, tmp_path):
         "{",
         "[]",
         json.dumps({**data, "format": 2}),
+        json.dumps({**data, "setting": 3}),
         json.dumps({**data, "terms": [{**data["terms"][1], "ms": [1.0]}]}),
         json.dumps({**data, "axes": data["axes"][:1]}),
         json.dumps({**data, "axes": [], "terms": []}),
@@ -224,6 +226,14 @@ def test_the_table_of_another_network_is_refused(traced, made_up_table):
         dmcp.cost(graph, "latency", replace(table, operators=table.operators[:-1]))
     with pytest.raises(ConfigError, match=r"holds one width of 'stem\.0' only"):
         dmcp.cost(graph, "latency", replace(table, searchable=table.searchable[1:]))
+    for shape in ([2, 3, 7, 8], [2, 1, 8, 8], [2, 3]):
+        other = replace(table, setting={**table.setting, "input": shape})
+        with pytest.raises(
+            ConfigError, match=rf"is of images {re.escape(str(shape[1:]))}, .* \[3, 8, 8\]"
+        ):
+            dmcp.cost(graph, "latency", other)
+    served = replace(table, setting={**table.setting, "input": [32, 3, 8, 8]})
+    assert dmcp.cost(graph, "latency", served).of({}) == dmcp.cost(graph, "latency", table).of({})
     with pytest.raises(ConfigError, match=r"metric must be one of .*'latency'.*, got 'ms'"):
         dmcp.cost(graph, "ms")
 

@@ -216,6 +216,28 @@ def test_tied_weights_stay_tied(tmp_path):
     assert "self.encode(x)" in (tmp_path / "tied.py").read_text()
 
 
+def test_frozen_parameters_stay_frozen(example, tmp_path):
+    """One by one, or as whole modules; also where two modules share them."""
+    case = example("Residual")
+    case.model.stem.requires_grad_(False)
+    case.model.second[0].weight.requires_grad_(False)
+    case.model.second[1].weight = case.model.stem[1].weight  # of 8 channels both
+    to_python(case.model, case.inputs, tmp_path / "network.py")
+    found = dict(load_python(tmp_path / "network.py").named_parameters())
+    assert {n: p.requires_grad for n, p in found.items()} == {
+        name: parameter.requires_grad for name, parameter in case.model.named_parameters()
+    }
+    lines = [line.strip() for line in (tmp_path / "network.py").read_text().splitlines()]
+    assert [line for line in lines if "requires_grad" in line] == [
+        "self.stem.requires_grad_(False)",
+        "self.second[0].requires_grad_(False)",
+        "self.second[1].weight.requires_grad_(False)",
+    ]
+    case.model.requires_grad_(False)
+    to_python(case.model, case.inputs, tmp_path / "network.py")
+    assert not any(p.requires_grad for p in load_python(tmp_path / "network.py").parameters())
+
+
 def test_double_precision(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)).double()
     to_python(model, torch.randn(2, 4).double(), tmp_path / "network.py")

@@ -286,6 +286,32 @@ def test_what_has_no_channels_to_drop_is_refused(double, kind, named):
     hand_over(graph, {}, optimizers=optimizer)
 
 
+@pytest.mark.parametrize("first", ["the model's", "another"])
+def test_what_is_remembered_of_all_parameters_at_once_is_refused(double, first):
+    """Also where the parameter that it is remembered at stays whole."""
+    graph = double()
+    others = [nn.Parameter(torch.zeros(3))] if first == "another" else []
+    optimizer = torch.optim.LBFGS([*others, *graph.model.parameters()], lr=1e-3, max_iter=2)
+    hand_over(graph, {"first.0": 3}, optimizers=optimizer)  # it remembers nothing yet
+
+    graph = double()
+    held = [*others, *graph.model.parameters()]
+    optimizer = torch.optim.LBFGS(held, lr=1e-3, max_iter=2)
+    (images, labels), *_ = batches(0, 1)
+
+    def loss():
+        optimizer.zero_grad()
+        found = F.cross_entropy(graph.model(images), labels)
+        found.backward()
+        return found
+
+    optimizer.step(loss)
+    with pytest.raises(ConfigError, match=r"LBFGS remembers 'd', of shape \[\d+\], .* handed over"):
+        hand_over(graph, {"first.0": 3}, optimizers=optimizer)
+    assert optimizer.param_groups[0]["params"] == held  # nothing has happened
+    hand_over(graph, {}, optimizers=optimizer)  # where all is whole, there is nothing to drop
+
+
 def test_strangers_are_refused(double):
     graph = double()
     copied = copy.deepcopy(graph.model)

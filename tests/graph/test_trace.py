@@ -642,6 +642,21 @@ def test_examples_that_are_none_are_refused(example, message):
         dmcp.trace(nn.Conv2d(3, 4, 1), example)
 
 
+def test_the_default_device_of_new_tensors_does_not_matter():
+    # Nobody has asked yet what this activation makes of zero.
+    model = Calls(lambda module, x: F.leaky_relu(x, 0.138))
+    with torch.device("meta"):
+        graph = dmcp.trace(model, IMAGES)
+        small = dmcp.extract(graph, {"first": 5})
+        chosen = dmcp.extract(graph, kept={"first": [4, 0, 3, 1, 2]})
+        macs = dmcp.cost(graph).of({"first": 5})
+    assert [unit.name for unit in graph.searchable] == ["first"]
+    assert graph.proof.structures == 3
+    assert macs == 64 * (3 * 9 * 5 + 5 * 4)
+    for one, two in zip(small.parameters(), chosen.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_model_without_data_is_traced_without_proof():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)).to("meta")
     graph = dmcp.trace(model, torch.zeros(2, 3, 4, 4, device="meta"))

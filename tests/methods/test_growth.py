@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dmcp
+from dmcp.cost import LatencyTable, TableAxis, TableTerm
 from dmcp.errors import BudgetError
 from dmcp.methods.growth import even_worth, held, kept_channels, largest, ranked
 from dmcp.search import Targets
@@ -47,6 +48,35 @@ def test_a_unit_gives_up_a_group_where_others_use_the_budget_better(graph):
     assert fill(graph, targets(graph, 12), [[1, 1, 1], [9, 9, 9], []]) == widths(graph, 1, 2)
     # Nothing comes within 1 % of 17: (2, 2) costs 14, (4, 1) 15.
     assert grow(graph, targets(graph, 17), [[5, 3, 1], [4, 2, 1], []]) == widths(graph, 4, 1)
+
+
+def by_table(graph, first, second, bound):
+    """A bound on a latency that is the sum of these, for the widths 1 … 4 of two units."""
+    units = graph.searchable
+    table = LatencyTable(
+        setting={},
+        units=graph.widths(),
+        searchable=tuple(unit.name for unit in units),
+        macs=dmcp.cost(graph).of({}),
+        operators=graph.operators,
+        axes=tuple(TableAxis({unit.name: 1.0}, (1, 2, 3, 4)) for unit in units),
+        terms=tuple(
+            TableTerm(unit.name, (), (n,), ms, ms, ms)
+            for n, (unit, ms) in enumerate(zip(units, (first, second), strict=True))
+        ),
+        scale=1.0,
+        offset=0.0,
+    )
+    return Targets((dmcp.cost(graph, "latency", table),), (bound,))
+
+
+def test_a_latency_that_falls_with_a_width_stops_nothing(graph):
+    # The second width of the first unit takes longer than the third.
+    targets = by_table(graph, [1, 5, 2, 3], [1, 4, 4, 4], 4)
+    assert fill(graph, targets, even_worth(graph)) == widths(graph, 4, 1)
+    # What did not fit fits once the other unit is as wide as it is fast.
+    targets = by_table(graph, [1, 2, 3, 4], [3, 3, 1, 4], 4)
+    assert fill(graph, targets, [[1, 9, 9], [5, 5, 5], []]) == widths(graph, 3, 3)
 
 
 def test_the_first_unit_wins_a_tie(graph):

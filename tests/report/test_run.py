@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from dmcp.errors import CheckpointError
-from dmcp.report import Run
+from dmcp.report import Run, write_page
 
 
 def test_everything_of_a_run(run_folder: Path) -> None:
@@ -45,6 +46,22 @@ def test_a_line_that_is_being_written_is_left_out(write: Any, tmp_path: Path) ->
     curves = Run.read(tmp_path).curves
     assert curves is not None
     assert curves["search"]["loss"][0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("other", ["groups", "units"])
+def test_chains_on_the_way_of_another_search(run_folder: Path, tmp_path: Path, other: str) -> None:
+    path = shutil.copytree(run_folder, tmp_path / "run")
+    records = [json.loads(line) for line in (path / "chains.jsonl").read_text().splitlines()]
+    for record in records:
+        groups = record["retain"].pop("stem")
+        if other == "groups":
+            record["retain"]["stem"] = groups[:-1]
+    (path / "chains.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(
+        CheckpointError, match=r"chains.jsonl is not of the search in .*search.json"
+    ):
+        write_page([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("folder", ["none", ""])

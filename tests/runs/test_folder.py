@@ -42,6 +42,19 @@ def test_another_configuration_is_refused(folder, change, difference):
     assert (folder.path / "config.json").read_bytes() == before
 
 
+def dying_after(count, write):
+    """A function that writes so many files, and then dies."""
+    written = []
+
+    def call(name, data):
+        if len(written) == count:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(name, data)
+
+    return call
+
+
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
     RunFolder(tmp_path / "run").open(CONFIG, write=False)
     assert not (tmp_path / "run").exists()
@@ -52,6 +65,25 @@ def test_begins_in_an_empty_folder_and_after_a_kill(tmp_path):
     (tmp_path / ".config.json.partial").write_text('{"format": ')
     RunFolder(tmp_path).open(CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_a_run_needs_is_there_before_its_configuration(tmp_path, monkeypatch):
+    """A run that was killed between the two can be taken up."""
+    needed = {"latency.json": {"ms": (1.5, 2.0)}}
+    folder = RunFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "write_json", dying_after(1, folder.write_json))
+        with pytest.raises(KeyboardInterrupt):
+            folder.open(CONFIG, needed)
+    assert folder.read_json("latency.json") == {"ms": [1.5, 2.0]}
+    with pytest.raises(CheckpointError, match="not empty and not a run folder"):
+        folder.open(CONFIG, {"latency.json": {"ms": [3.0]}})  # someone else's
+    folder.open(CONFIG, needed)
+    written = (tmp_path / "latency.json").stat().st_mtime_ns
+    folder.open(CONFIG, needed)
+    assert (tmp_path / "latency.json").stat().st_mtime_ns == written
+    assert folder.config() == {"format": 1, **CONFIG}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "latency.json"}
 
 
 def test_something_else_is_refused(tmp_path):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shlex
@@ -10,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,14 @@ def search_in(folder: Path, *more: str) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert start(folder).wait() == 0
+    command = [sys.executable, "-P", "-m", "dmcp", *SEARCH, "--output", str(folder)]
+    subprocess.run(command, check=True)
     return folder
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dmcp", *SEARCH, "--output", str(folder)]
-    return subprocess.Popen(command, env=environment)
+@pytest.fixture
+def start(launch) -> Callable[[Path], ForkServerProcess]:
+    return lambda folder: launch("dmcp", *SEARCH, "--output", folder)
 
 
 def reached(folder: Path, phase: str, step: int) -> bool:
@@ -48,14 +49,15 @@ def reached(folder: Path, phase: str, step: int) -> bool:
     return f'{{"phase": "{phase}", "step": {step},' in metrics.read_text()
 
 
-def kill_when(process: subprocess.Popen[bytes], condition, within: float = 120) -> None:
+def kill_when(process: ForkServerProcess, condition, within: float = 120) -> None:
     deadline = time.monotonic() + within
     while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def results(folder: Path) -> dict[str, object]:
@@ -83,7 +85,7 @@ def results(folder: Path) -> dict[str, object]:
     return {**found, "structure": structure, "results": table, "ledger": ledger}
 
 
-def test_killed_in_every_phase(undisturbed, tmp_path):
+def test_killed_in_every_phase(undisturbed, start, tmp_path):
     """The same bits as a run that nobody killed."""
     folder = tmp_path / "run"
     seed = random.SystemRandom().randrange(10**6)
@@ -100,7 +102,9 @@ def test_killed_in_every_phase(undisturbed, tmp_path):
     for moment in moments:
         kill_when(start(folder), moment)
         assert not (folder / "results.json").exists()
-    assert start(folder).wait() == 0
+    last = start(folder)
+    last.join()
+    assert last.exitcode == 0
     assert results(folder) == results(undisturbed)
 
 

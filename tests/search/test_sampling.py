@@ -63,6 +63,15 @@ def test_expected_widths_are_the_means_where_they_fit(net):
     assert expected_widths(net, targets) == {**net.graph.widths(), **structure}
 
 
+def test_the_default_device_of_new_tensors_does_not_matter(net):
+    targets = Budget(macs="60%").of(net.graph)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    drawn, expected = draw_widths(net, 20, generators[0]), expected_widths(net, targets)
+    with torch.device("meta"):
+        assert expected_widths(net, Budget(macs="60%").of(net.graph)) == expected
+        assert torch.equal(draw_widths(net, 20, generators[1]).widths, drawn.widths)
+
+
 def test_expected_widths_drop_the_least_retained_group_first(net):
     with torch.no_grad():
         for alpha in net.architecture_parameters():

@@ -78,10 +78,20 @@ def test_a_shared_parameter_has_the_name_that_comes_first() -> None:
 
 
 def test_a_wrapper_gives_the_modules_other_names() -> None:
-    """``torch.compile`` is one."""
-    wrapped = nn.Sequential()
-    wrapped.add_module("_orig_mod", sequence())
-    assert hash_of(wrapped) != hash_of(sequence())
+    assert hash_of(nn.Sequential(sequence())) != hash_of(sequence())
+
+
+@pytest.mark.parametrize("place", ["around", "inside"])
+def test_a_compiled_model_is_the_same_network(place: str) -> None:
+    model = Branches("ab", "ab")
+    if place == "inside":
+        model.b = torch.compile(model.b, backend="eager")
+    compiled = torch.compile(model, backend="eager") if place == "around" else model
+    graph = dmcp.trace(compiled, torch.zeros(2, 3, 8, 8), min_width={"b": 2})
+    plain = dmcp.trace(Branches("ab", "ab"), torch.zeros(2, 3, 8, 8))
+    found = dmcp.Structure.of(plain, {"b": 3})
+    assert found.extract(graph)(torch.zeros(2, 3, 8, 8)).shape == (2, 2, 8, 8)
+    assert [unit.name for unit in graph.units] == ["a", "b", "head"]
 
 
 def test_weights_devices_grids_and_exclusions_do_not_matter(

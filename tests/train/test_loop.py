@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -301,33 +299,32 @@ def test_continues_the_generator_of_the_device(stream, tmp_path, device):
     assert torch.equal(run_in("broken", 10), whole)
 
 
-def start(folder: Path, pause: float) -> subprocess.Popen[bytes]:
-    program = Path(__file__).with_name("killable_run.py")
-    return subprocess.Popen([sys.executable, str(program), str(folder), str(pause)])
-
-
 @pytest.mark.slow
-def test_a_killed_run_continues_with_the_same_bits(tmp_path):
+def test_a_killed_run_continues_with_the_same_bits(launch, tmp_path):
+    program = str(Path(__file__).with_name("killable_run.py"))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = start(whole, 0.0)
+    undisturbed = launch(program, whole, 0.0)
     file = killed / "last.pt"
     seen = None
     for _ in range(2):
-        process = start(killed, 0.03)
+        process = launch(program, killed, 0.03)
         deadline = time.monotonic() + 60
         # after a checkpoint of its own, so that the second kill follows a resume
         while not file.exists() or file.stat().st_mtime_ns == seen:
-            assert process.poll() is None, "ended before it was killed"
+            assert process.is_alive(), "ended before it was killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (killed / "final.pt").exists()
         assert checkpoint.load(file)["state"]["step_index"] > 0
         seen = file.stat().st_mtime_ns
-    assert start(killed, 0.0).wait() == 0
-    assert undisturbed.wait() == 0
+    continued = launch(program, killed, 0.0)
+    for process in (continued, undisturbed):
+        process.join()
+        assert process.exitcode == 0
     assert_same_bits(
         torch.load(killed / "final.pt", weights_only=True),
         torch.load(whole / "final.pt", weights_only=True),

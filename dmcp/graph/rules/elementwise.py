@@ -97,7 +97,9 @@ class _Probe:
             return False
         result = self._run(
             [
-                torch.zeros(_PROBES).to(dtype) if number in zeros else _numbers(dtype, number)
+                torch.zeros(_PROBES, device="cpu").to(dtype)
+                if number in zeros
+                else _numbers(dtype, number)
                 for number, dtype in enumerate(self.dtypes)
             ]
         )
@@ -146,8 +148,8 @@ def _leaves(node: fx.Node) -> list[fx.Node]:
 
 def _numbers(dtype: torch.dtype, seed: int) -> Tensor:
     """Powers of two of both signs, which scale without rounding, in an order of their own."""
-    order = torch.randperm(_PROBES, generator=torch.Generator().manual_seed(seed))
-    numbers = 2.0 ** torch.linspace(-6, 14, _PROBES // 2).round()
+    order = torch.randperm(_PROBES, generator=torch.Generator().manual_seed(seed), device="cpu")
+    numbers = 2.0 ** torch.linspace(-6, 14, _PROBES // 2, device="cpu").round()
     numbers = torch.cat([numbers, -numbers])[order]
     return numbers > 0 if dtype == torch.bool else numbers.to(dtype)
 

@@ -74,7 +74,10 @@ def from_history(history: Any, graph: ChannelGraph) -> Structure:
     check_schema(history, {"type": "array"}, "history")
     rows = [_listed(row) for row in history]
     check_schema(rows, _HISTORY, "history")
-    stays = [torch.ones(unit.channels // unit.step, dtype=torch.bool) for unit in graph.units]
+    stays = [
+        torch.ones(unit.channels // unit.step, dtype=torch.bool, device="cpu")
+        for unit in graph.units
+    ]
     for number, (module, outputs, indices) in enumerate(rows):
         says = f"history[{number}]"
         check_schema(module, {"type": "string"}, f"{says}[0]")
