@@ -41,6 +41,27 @@ class HandoverError(TraceError):
         self.norm = norm
 
 
+class Handover:
+    """What one module has computed for the next one, until that is called: a weak reference.
+
+    An object of its own, because attributes of modules take microseconds to set.
+    """
+
+    __slots__ = ("_given",)
+
+    def __init__(self) -> None:
+        self._given: weakref.ref[Tensor] | None = None
+
+    def give(self, tensor: Tensor | None) -> None:
+        """Whoever is called next gets this; None: nothing."""
+        self._given = None if tensor is None else weakref.ref(tensor)
+
+    def take(self) -> weakref.ref[Tensor] | None:
+        """What was given since the last time, if anything was."""
+        given, self._given = self._given, None
+        return given
+
+
 class NormPass(NamedTuple):
     """What a norm computes in one pass, from the state of its chain.
 
@@ -78,8 +99,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
     Attributes:
         state: of the pass; a part of a sub-network or a masked network does not track statistics
             even if its own axis is whole.
-        handed: what a convolution that leads this norm has computed for it in this pass, a weak
-            reference, until it is called: see `MarkovConv2d.lead`.
+        handed: by a convolution that leads this norm, see `MarkovConv2d.lead`.
         sync_world: the processes whose batch statistics are joined in training, None for this one's
             alone; `dmcp.train.synchronise_batch_norm` sets it.
     """
@@ -102,7 +122,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         self.act: Activation = act
         self.masks = masks
         self.state = PassState()
-        self.handed: weakref.ref[Tensor] | None = None
+        self.handed = Handover()
         # In a tuple, so that it is not registered here as well.
         self._followers: tuple[FusedActivation | None] = (None,)
         self.sync_world: World | None = None
@@ -124,14 +144,14 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
             HandoverError: the convolution that leads this norm has computed it, but something else
                 comes in.
         """
-        handed, self.handed = self.handed, None
+        handed = self.handed.take()
         if handed is None:
             x = self.normalise(x, residual, residual_place)
         elif handed() is not x or residual is not None:
             raise HandoverError(self)
         (follower,) = self._followers
         if follower is not None:
-            follower.handed = weakref.ref(x)
+            follower.handed.give(x)
         return x
 
     def normalise(
@@ -204,7 +224,7 @@ class FusedActivation(nn.Module):
         module: the activation.
 
     Attributes:
-        handed: what the norm has computed in this pass, a weak reference, until this is called.
+        handed: by the norm.
     """
 
     def __init__(self, norm: MarkovBatchNorm2d, module: nn.Module) -> None:
@@ -212,13 +232,13 @@ class FusedActivation(nn.Module):
         # In a tuple, so that neither is registered: the norm is elsewhere, the module is replaced.
         self._modules_behind = norm, module
         self.masks = False
-        self.handed: weakref.ref[Tensor] | None = None
+        self.handed = Handover()
         norm._followers = (self,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises HandoverError if something else comes in than what the norm has computed."""
         norm, module = self._modules_behind
-        handed, self.handed = self.handed, None
+        handed = self.handed.take()
         if handed is not None and handed() is x:
             return x
         if handed is not None:

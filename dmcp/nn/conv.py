@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from functools import cache
 from typing import Literal
 
 import torch
@@ -127,7 +127,7 @@ class MarkovConv2d(nn.Conv2d):
         if norm is not None and geometry is not None:
             y = self._with_norm(x, norm, residual, residual_place, geometry)
             if norm is not self.norm:
-                norm.handed = weakref.ref(y)
+                norm.handed.give(y)
         else:
             y = self._convolve(x)
             if self.norm is not None:
@@ -158,17 +158,14 @@ class MarkovConv2d(nn.Conv2d):
             return None
         if not x.is_contiguous(memory_format=torch.channels_last):
             return None
-        dtype = self._dtype(x)
-        vectors = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        if any(v is not None and (v.dtype != dtype or v.device != x.device) for v in vectors):
-            return None
-        if self.bias is not None or self.padding_mode != "zeros" or isinstance(self.padding, str):
-            return None
-        depthwise = self.groups == self.in_channels == self.out_channels
-        if self.groups != 1 and not depthwise:
+        dtype, device = self._dtype(x), x.device
+        for tensor in (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+                return None
+        if self.bias is not None or self.padding_mode != "zeros":
             return None
         shape = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return Convolution(self.in_channels, *shape, depthwise)  # type: ignore[arg-type]
+        return _convolution(self.in_channels, self.out_channels, self.groups, *shape)
 
     def _dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype that parameters must have for the kernels; None if they take no such x."""
@@ -238,6 +235,23 @@ class MarkovConv2d(nn.Conv2d):
         elif outputs is not None or channels != self.in_channels:
             raise ConfigError(f"a convolution with groups={self.groups} cannot be narrowed")
         return None
+
+
+@cache
+def _convolution(
+    inputs: int,
+    outputs: int,
+    groups: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+) -> Convolution | None:
+    """What `conv_norm_act` is told of a convolution; None if it takes no such one."""
+    depthwise = groups == inputs == outputs
+    if isinstance(padding, str) or (groups != 1 and not depthwise):
+        return None
+    return Convolution(inputs, kernel, stride, padding, dilation, depthwise)  # type: ignore[arg-type]
 
 
 def _may_accumulate(parameter: Tensor | None) -> bool:

@@ -143,14 +143,14 @@ class MarkovNet(nn.Module):
 
     def _pass(self, *inputs: Any, **keywords: Any) -> Any:
         for module in self._handing:
-            module.handed = None
+            module.handed.give(None)
         if self._state.tracks or not self._loose:
             result = self.model(*inputs, **keywords)
         else:
             tensors = {name: loose.now(self.model) for name, loose in self._loose.items()}
             result = functional_call(self.model, tensors, inputs, keywords)
         for module in self._handing:
-            if module.handed is not None:
+            if module.handed.take() is not None:
                 raise HandoverError(module)
         return result
 
