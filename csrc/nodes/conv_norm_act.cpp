@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "nodes/gradients.h"
 #include "nodes/kernels.h"
 #include "nodes/norm_act.h"
 #include "nodes/products.h"
@@ -34,15 +35,6 @@ struct Plan {
             {n.begin() + 10, n.end()}};
   }
 };
-
-// The .grad that a backward adds to.
-Tensor gradient_of(const Tensor& leaf) {
-  const Tensor& grad = leaf.grad();
-  TORCH_CHECK(grad.defined(),
-              "the .grad that gradients were to be added to was set to None after the forward "
-              "pass; clear gradients before it");
-  return grad;
-}
 
 class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
  public:

@@ -48,6 +48,10 @@ DType dtype_of(const at::Tensor& x) {
   }
 }
 
+at::ScalarType vector_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // `address`: what dmcp._native.cpu_kernels() says; called once, when both modules are loaded.
 TORCH_LIBRARY_FRAGMENT(dmcp, library) {
   library.def("use_kernels(int address) -> ()", &use_kernels);

@@ -19,4 +19,7 @@ bool has_kernels(const at::Tensor& x);
 // Of such activations.
 DType dtype_of(const at::Tensor& x);
 
+// Of the parameters and sums that belong to them: float, or double for double.
+at::ScalarType vector_dtype(const at::Tensor& x);
+
 }  // namespace dmcp::nodes

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "nodes/gradients.h"
 #include "nodes/kernels.h"
 
 namespace dmcp::nodes {
@@ -40,11 +41,6 @@ Pitched<const void> input(const Tensor& tensor, const Shape& shape) {
 
 Pitched<void> output(const Tensor& tensor, const Shape& shape) {
   return {write(tensor), pitch_of(shape)};
-}
-
-// Vectors are float, or double for double activations.
-at::ScalarType vector_dtype(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 void* row(const Tensor& matrix, int64_t index) {
@@ -154,17 +150,6 @@ class NormAct : public torch::autograd::Function<NormAct> {
   }
 };
 
-class Once : public torch::autograd::Function<Once> {
- public:
-  static Tensor forward(AutogradContext*, const Tensor& gradient) { return gradient.detach(); }
-
-  static variable_list backward(AutogradContext*, variable_list) {
-    TORCH_CHECK(false,
-                "trying to differentiate twice a function that was marked with "
-                "@once_differentiable");
-  }
-};
-
 // None where the arguments are not what the node takes: whoever calls finds out why, or how to do
 // without it.
 std::optional<Tensor> norm_act(const Tensor& x, const std::optional<Tensor>& weight,
@@ -251,12 +236,6 @@ Gradients gradients(const Tensor& grad, const Tensor& x, const Tensor& moments, 
   add_row(add_bias, found.sums, 0);
   add_row(add_weight, found.sums, 1);
   return found;
-}
-
-void forbid_second_derivatives(std::vector<Tensor>& gradients, const Tensor& grad) {
-  if (!at::GradMode::is_enabled() || !grad.requires_grad()) return;
-  for (Tensor& gradient : gradients)
-    if (gradient.defined()) gradient = Once::apply(gradient.detach().requires_grad_());
 }
 
 TORCH_LIBRARY_FRAGMENT(dmcp, library) {

@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "common/norm_act.h"
 
@@ -50,8 +49,5 @@ struct Gradients {
 // bias are also added to the first elements of `add_weight` and `add_bias`, where those are defined.
 Gradients gradients(const Tensor& grad, const Tensor& x, const Tensor& moments, const Norm& norm,
                     const Tensor& add_weight, const Tensor& add_bias, bool wants_x);
-
-// An error for whoever differentiates these gradients again, as torch's once_differentiable makes.
-void forbid_second_derivatives(std::vector<Tensor>& gradients, const Tensor& grad);
 
 }  // namespace dmcp::nodes

@@ -111,6 +111,11 @@ def cut(
     return part
 
 
+def may_accumulate(parameter: Tensor | None) -> bool:
+    """Whether a backward can add its gradient to ``.grad``, or need not."""
+    return parameter is None or not parameter.requires_grad or parameter.grad is not None
+
+
 def prefix_lengths(
     tensor: Tensor, keeps: Sequence[slice | Tensor | None]
 ) -> tuple[int, ...] | None:

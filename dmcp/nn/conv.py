@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmcp.backends import accelerated
 from dmcp.errors import ConfigError
-from dmcp.nn.axis import Axis, cut, length, prefix_lengths, scale_channels
+from dmcp.nn.axis import Axis, cut, length, may_accumulate, prefix_lengths, scale_channels
 from dmcp.nn.batchnorm import ACTIVATIONS, MarkovBatchNorm2d
 from dmcp.nn.chain import MarkovChain, PassState
 from dmcp.ops import ResidualPlace
@@ -188,7 +188,7 @@ class MarkovConv2d(nn.Conv2d):
         now = norm.now()
         parameters: tuple[Tensor | None, ...] = (self.weight, norm.weight, norm.bias)
         keeps, widths = (now.keep, self._inputs(x, now.keep)), None
-        if self.state.accumulates and all(map(_may_accumulate, parameters)):
+        if self.state.accumulates and all(map(may_accumulate, parameters)):
             widths = prefix_lengths(self.weight, keeps)
         if widths is None:
             parameters = tuple(p if p is None else cut(p, *keeps[: p.ndim]) for p in parameters)
@@ -252,10 +252,6 @@ def _convolution(
     if isinstance(padding, str) or (groups != 1 and not depthwise):
         return None
     return Convolution(inputs, kernel, stride, padding, dilation, depthwise)  # type: ignore[arg-type]
-
-
-def _may_accumulate(parameter: Tensor | None) -> bool:
-    return parameter is None or not parameter.requires_grad or parameter.grad is not None
 
 
 def _follow(

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
-from dmcp.nn.axis import Axis, cut, scale_channels
+from dmcp.nn.axis import Axis, cut, may_accumulate, prefix_lengths, scale_channels
 from dmcp.nn.chain import MarkovChain, PassState
+from dmcp.ops.linear import accumulating_linear
 
 
 class MarkovLinear(nn.Linear):
@@ -69,7 +70,22 @@ class MarkovLinear(nn.Linear):
             taken = inputs.keep()
         else:
             taken = None if x.shape[-1] == self.in_features else slice(0, x.shape[-1])
-        weight = cut(self.weight, keep, taken, accumulates=self.state.accumulates)
-        bias = cut(self.bias, keep, accumulates=self.state.accumulates)
+        y = self._accumulating(x, keep, taken) if self.state.accumulates else None
+        if y is None:
+            weight = cut(self.weight, keep, taken, accumulates=self.state.accumulates)
+            bias = cut(self.bias, keep, accumulates=self.state.accumulates)
+            y = F.linear(x, weight, bias)
         mask = outputs.mask if outputs is not None and self.masks else None
-        return scale_channels(F.linear(x, weight, bias), mask, keep, x.ndim - 1)
+        return scale_channels(y, mask, keep, x.ndim - 1)
+
+    def _accumulating(
+        self, x: Tensor, outputs: slice | Tensor | None, inputs: slice | Tensor | None
+    ) -> Tensor | None:
+        """By one operation, if there is one for it."""
+        widths = prefix_lengths(self.weight, (outputs, inputs))
+        if widths is None or not (may_accumulate(self.weight) and may_accumulate(self.bias)):
+            return None
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        return accumulating_linear(x, self.weight, self.bias, widths)

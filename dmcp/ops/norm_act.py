@@ -39,7 +39,6 @@ from dmcp.ops.norm_act_eager import (
 )
 from dmcp.ops.norm_act_native import DTYPES, CpuKernels, CudaKernels
 
-
 RESIDUAL_PLACES = get_args(ResidualPlace)
 
 
