@@ -43,6 +43,7 @@ CLASSES = 1000
 WARM_UP, ITERATIONS = 2, 3
 """Iterations before the first sweep, and in a turn."""
 KINDS = {
+    "whole layers": ("_node", "dmcp::nodes"),
     "norm and activation": ("norm", "relu", "hardtanh", "threshold", "clamp"),
     "convolution": ("conv", "pointwise", "depthwise"),
     "compiled": ("compiled", "graph_", "inductor", "triton"),

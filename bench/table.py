@@ -265,13 +265,14 @@ def render_iterations(cases: Sequence[Mapping[str, Any]], title: str | None = No
         "×: time over ours, median over sweeps. calls: operators that reach a device's kernels; "
         "reads: waits of the host for numbers. Passes: forward + backward, ms. Memory: most that "
         "tensors take beyond weights and optimiser state, in the iteration, in the architecture "
-        "pass, in a training pass of the plain network. conv, norm: shares of the operators' time."
+        "pass, in a training pass of the plain network. layers, conv, norm: shares of the "
+        "operators' time, of those that compute whole layers, convolutions, norms and activations."
     )
     table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column("case", overflow="fold", max_width=24)
     table.add_column("rival")
     columns = ("ms", "×", "images/s", "calls", "reads", *_PASSES)
-    for name in (*columns, "MB", "arch. MB", "plain MB", "conv", "norm"):
+    for name in (*columns, "MB", "arch. MB", "plain MB", "layers", "conv", "norm"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         label = "{model}, stage {stage}, batch {batch}, {size}x{size}, {dtype}".format(**case)
@@ -299,6 +300,7 @@ def _iteration_cells(row: Mapping[str, Any], plain: str) -> tuple[str, ...]:
         f"{row['peak_bytes'] / 1e6:.1f}",
         "" if architecture is None else f"{architecture['peak_bytes'] / 1e6:.1f}",
         plain,
+        f"{row['kinds']['whole layers']:.0%}",
         f"{row['kinds']['convolution']:.0%}",
         f"{row['kinds']['norm and activation']:.0%}",
     )

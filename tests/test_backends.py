@@ -98,6 +98,12 @@ def test_missing_native_module_leaves_the_eager_ops(tmp_path):
         assert "pip install -v ." in line
 
 
+def test_nodes_are_built_with_the_kernels():
+    """As PyTorch is installed before the package: see the README."""
+    report = backends()
+    assert report["nodes"].available == report["native"].available, report["nodes"].reason
+
+
 def test_nodes_of_another_pytorch_are_left_alone(tmp_path):
     other = "import torch; torch.__version__ = '2.999.0'\n"
     report = "from dmcp.backends import backends\nprint(backends()['nodes'])"

@@ -22,7 +22,7 @@ struct Table {
 };
 
 inline const Table& table() {
-  static const Table table{isas().back(),       &norm_act_kernels, &depthwise_kernels,
+  static const Table table{isas().back(),      &norm_act_kernels, &depthwise_kernels,
                            &pointwise_kernels, &gather_windows,   &scatter_windows};
   return table;
 }

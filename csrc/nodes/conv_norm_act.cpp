@@ -42,16 +42,14 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& norm_weight,
                         const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
-                        const std::optional<Tensor>& residual, const Norm& norm,
-                        const Plan& plan) {
+                        const std::optional<Tensor>& residual, const Norm& norm, const Plan& plan) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Products products(plan.conv, x.sizes());
     const Tensor z = products.output(x, products.cut(weight, plan.widths));
     auto [y, moments] = normalise(z, norm);
     const Tensor kept = weight.requires_grad() ? x : Tensor();
     const Tensor before = norm.place == Residual::before ? norm.residual : Tensor();
-    ctx->save_for_backward(
-        {kept, weight, z, moments, norm.weight, norm.bias, norm.scale, before});
+    ctx->save_for_backward({kept, weight, z, moments, norm.weight, norm.bias, norm.scale, before});
     auto& data = ctx->saved_data;
     data["plan"] = plan.packed();
     data["sizes"] = x.sizes();
@@ -94,10 +92,9 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
       Tensor into = leaf_gradient("weight", wants_weight);
       if (in_autograd && wants_weight)
         into = found[1] = at::zeros_like(weight, {}, at::MemoryFormat::ChannelsLast);
-      const Gradients all = gradients(grads[0], z, moments, norm,
-                                      leaf_gradient("norm_weight", wants_gain),
-                                      leaf_gradient("norm_bias", wants_bias),
-                                      wants_x || wants_weight);
+      const Gradients all =
+          gradients(grads[0], z, moments, norm, leaf_gradient("norm_weight", wants_gain),
+                    leaf_gradient("norm_bias", wants_bias), wants_x || wants_weight);
       const Products products(plan.conv, sizes);
       const Tensor cut = products.cut(weight, plan.widths);
       if (wants_x) found[0] = products.grad_input(all.x, cut, sizes);
@@ -125,8 +122,8 @@ std::optional<Tensor> conv_norm_act(
     double momentum, double eps, int64_t act, bool before, at::OptionalIntArrayRef widths) {
   const Norm norm = norm_of(norm_weight, norm_bias, scale, residual, running_mean, running_var,
                             momentum, eps, act, before);
-  const Convolution conv{inputs, pair(kernel), pair(stride), pair(padding), pair(dilation),
-                         depthwise};
+  const Convolution conv{inputs,        pair(kernel),   pair(stride),
+                         pair(padding), pair(dilation), depthwise};
   const Plan plan{conv, widths ? widths->vec() : std::vector<int64_t>()};
   const Products products(conv, x.sizes());
   const auto sizes = products.output_sizes(x.sizes(), products.cut(weight, plan.widths));

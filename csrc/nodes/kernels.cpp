@@ -42,9 +42,12 @@ bool has_kernels(const at::Tensor& x) {
 
 DType dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kDouble: return DType::float64;
-    default: return DType::float32;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kDouble:
+      return DType::float64;
+    default:
+      return DType::float32;
   }
 }
 

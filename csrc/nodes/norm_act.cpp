@@ -159,8 +159,8 @@ std::optional<Tensor> norm_act(const Tensor& x, const std::optional<Tensor>& wei
                                const std::optional<Tensor>& running_mean,
                                const std::optional<Tensor>& running_var, double momentum,
                                double eps, int64_t act, bool before) {
-  const Norm norm = norm_of(weight, bias, scale, residual, running_mean, running_var, momentum, eps,
-                            act, before);
+  const Norm norm =
+      norm_of(weight, bias, scale, residual, running_mean, running_var, momentum, eps, act, before);
   if (!serves(x, norm)) return std::nullopt;
   return NormAct::apply(x, weight, bias, scale, residual, norm);
 }
@@ -196,7 +196,8 @@ bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm) {
 Normalised normalise(const Tensor& x, const Norm& norm) {
   const Shape shape = shape_of(x);
   const cpu::NormActKernels& run = norm_act_kernels(shape.dtype);
-  Normalised result{at::empty_like(x), at::empty({2, x.size(1)}, x.options().dtype(vector_dtype(x)))};
+  Normalised result{at::empty_like(x),
+                    at::empty({2, x.size(1)}, x.options().dtype(vector_dtype(x)))};
   const Updated mean(norm.running_mean), var(norm.running_var);
   run.stats(shape, input(x, shape), row(result.moments, 0), row(result.moments, 1), mean.data(),
             var.data(), norm.momentum);
@@ -205,9 +206,8 @@ Normalised normalise(const Tensor& x, const Norm& norm) {
   const Tensor residual =
       norm.residual.defined() ? norm.residual.contiguous(format_of(x)) : norm.residual;
   const Vectors vectors(result.moments, norm);
-  run.forward(shape, vectors.affine(), norm.act,
-              residual.defined() ? norm.place : Residual::none, input(x, shape),
-              input(residual, shape), output(result.y, shape));
+  run.forward(shape, vectors.affine(), norm.act, residual.defined() ? norm.place : Residual::none,
+              input(x, shape), input(residual, shape), output(result.y, shape));
   return result;
 }
 

@@ -46,7 +46,8 @@ struct Gradients {
 };
 
 // `norm.residual` is looked at only if it comes before the activation. The gradients of weight and
-// bias are also added to the first elements of `add_weight` and `add_bias`, where those are defined.
+// bias are also added to the first elements of `add_weight` and `add_bias`, where those are
+// defined.
 Gradients gradients(const Tensor& grad, const Tensor& x, const Tensor& moments, const Norm& norm,
                     const Tensor& add_weight, const Tensor& add_bias, bool wants_x);
 

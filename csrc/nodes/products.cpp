@@ -67,7 +67,7 @@ Tensor pointwise(const Tensor& x, const Tensor& weight) {
   if (is_half(x)) {
     const Tensor dense = with_dense_rows(weight);
     pointwise_kernels().forward({pixels(x), inputs, outputs}, input(x), matrix(dense),
-                                          output_of(y));
+                                output_of(y));
   } else {
     Tensor result = rows(y);
     at::mm_out(result, rows(x), weight.t());
@@ -80,8 +80,8 @@ Tensor pointwise_grad_input(const Tensor& grad, const Tensor& weight) {
   Tensor grad_x = empty_image(grad, inputs, grad.size(2), grad.size(3));
   if (is_half(grad)) {
     const Tensor dense = with_dense_rows(weight);
-    pointwise_kernels().grad_input({pixels(grad), inputs, outputs}, input(grad),
-                                             matrix(dense), output_of(grad_x));
+    pointwise_kernels().grad_input({pixels(grad), inputs, outputs}, input(grad), matrix(dense),
+                                   output_of(grad_x));
   } else {
     Tensor result = rows(grad_x);
     at::mm_out(result, rows(grad), weight);
@@ -91,9 +91,8 @@ Tensor pointwise_grad_input(const Tensor& grad, const Tensor& weight) {
 
 void add_pointwise_grad_weight(const Tensor& grad, const Tensor& x, Tensor into) {
   if (is_half(x)) {
-    pointwise_kernels().grad_weight(
-        {pixels(x), into.size(1), into.size(0)}, input(grad), input(x),
-        {into.mutable_data_ptr<float>(), into.stride(0)}, true);
+    pointwise_kernels().grad_weight({pixels(x), into.size(1), into.size(0)}, input(grad), input(x),
+                                    {into.mutable_data_ptr<float>(), into.stride(0)}, true);
   } else {
     at::addmm_out(into, into, rows(grad).t(), rows(x));
   }
@@ -114,10 +113,9 @@ cpu::Depthwise depthwise_of(const Convolution& conv, const Tensor& x) {
 // --- Gathered: a pointwise product with the pixels of every window
 
 cpu::Windows windows_of(const Convolution& conv, at::IntArrayRef sizes, const Tensor& like) {
-  return {sizes[0],         sizes[1],          sizes[2],          sizes[3],
-          conv.kernel[0],   conv.kernel[1],    conv.stride[0],    conv.stride[1],
-          conv.padding[0],  conv.padding[1],   conv.dilation[0],  conv.dilation[1],
-          dtype_of(like)};
+  return {sizes[0],         sizes[1],         sizes[2],       sizes[3],        conv.kernel[0],
+          conv.kernel[1],   conv.stride[0],   conv.stride[1], conv.padding[0], conv.padding[1],
+          conv.dilation[0], conv.dilation[1], dtype_of(like)};
 }
 
 Tensor gather(const Convolution& conv, const Tensor& x) {
@@ -140,8 +138,7 @@ Tensor Products::cut(const Tensor& weight, at::IntArrayRef widths) const {
   const auto sizes = weight.sizes(), strides = weight.strides();
   const int64_t outputs = widths.empty() ? sizes[0] : widths[0];
   const int64_t inputs = widths.size() < 2 ? sizes[1] : widths[1];
-  if (way_ == Way::pointwise)
-    return weight.as_strided({outputs, inputs}, {strides[0], strides[1]});
+  if (way_ == Way::pointwise) return weight.as_strided({outputs, inputs}, {strides[0], strides[1]});
   if (outputs == sizes[0] && inputs == sizes[1]) return weight;
   return weight.as_strided({outputs, inputs, sizes[2], sizes[3]}, strides);
 }
@@ -156,7 +153,8 @@ std::array<int64_t, 4> Products::output_sizes(at::IntArrayRef sizes, const Tenso
 
 Tensor Products::output(const Tensor& x, const Tensor& weight) const {
   switch (way_) {
-    case Way::pointwise: return pointwise(x, weight);
+    case Way::pointwise:
+      return pointwise(x, weight);
     case Way::depthwise: {
       const cpu::Depthwise conv = depthwise_of(conv_, x);
       const Tensor dense = weight.contiguous();
@@ -164,7 +162,8 @@ Tensor Products::output(const Tensor& x, const Tensor& weight) const {
       depthwise_kernels(dtype_of(x)).forward(conv, input(x), dense.data_ptr(), output_of(y));
       return y;
     }
-    case Way::gathered: return pointwise(gather(conv_, x), taps(weight));
+    case Way::gathered:
+      return pointwise(gather(conv_, x), taps(weight));
     case Way::torch:
       return at::conv2d(x, weight.to(x.scalar_type()), {}, conv_.stride, conv_.padding,
                         conv_.dilation, conv_.depthwise ? x.size(1) : 1)
@@ -173,15 +172,16 @@ Tensor Products::output(const Tensor& x, const Tensor& weight) const {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-Tensor Products::grad_input(const Tensor& grad, const Tensor& weight,
-                            at::IntArrayRef sizes) const {
+Tensor Products::grad_input(const Tensor& grad, const Tensor& weight, at::IntArrayRef sizes) const {
   switch (way_) {
-    case Way::pointwise: return pointwise_grad_input(grad, weight);
+    case Way::pointwise:
+      return pointwise_grad_input(grad, weight);
     case Way::depthwise: {
       const Tensor dense = weight.contiguous();
       Tensor grad_x = empty_image(grad, sizes[1], sizes[2], sizes[3]);
-      depthwise_kernels(dtype_of(grad)).grad_input(depthwise_of(conv_, grad_x), input(grad),
-                                         dense.data_ptr(), output_of(grad_x));
+      depthwise_kernels(dtype_of(grad))
+          .grad_input(depthwise_of(conv_, grad_x), input(grad), dense.data_ptr(),
+                      output_of(grad_x));
       return grad_x;
     }
     case Way::gathered: {
@@ -205,27 +205,27 @@ Tensor Products::grad_input(const Tensor& grad, const Tensor& weight,
 void Products::add_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                const Tensor& into) const {
   switch (way_) {
-    case Way::pointwise: return add_pointwise_grad_weight(grad, x, into);
+    case Way::pointwise:
+      return add_pointwise_grad_weight(grad, x, into);
     case Way::depthwise: {
       const Tensor found = at::empty(into.sizes(), into.options());
-      depthwise_kernels(dtype_of(x)).grad_weight(depthwise_of(conv_, x), input(grad), input(x),
-                                       found.data_ptr());
+      depthwise_kernels(dtype_of(x))
+          .grad_weight(depthwise_of(conv_, x), input(grad), input(x), found.data_ptr());
       into.add_(found);
       return;
     }
     case Way::gathered: {
       const auto sizes = into.sizes();
-      const Tensor found =
-          at::zeros({sizes[0], sizes[2] * sizes[3] * sizes[1]}, into.options());
+      const Tensor found = at::zeros({sizes[0], sizes[2] * sizes[3] * sizes[1]}, into.options());
       add_pointwise_grad_weight(grad, gather(conv_, x), found);
       into.add_(found.view({sizes[0], sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2}));
       return;
     }
     case Way::torch:
-      into.add_(std::get<1>(at::convolution_backward(
-          grad, x, weight.to(x.scalar_type()), at::OptionalIntArrayRef(), conv_.stride,
-          conv_.padding, conv_.dilation, false, {0, 0}, conv_.depthwise ? x.size(1) : 1,
-          {false, true, false})));
+      into.add_(std::get<1>(
+          at::convolution_backward(grad, x, weight.to(x.scalar_type()), at::OptionalIntArrayRef(),
+                                   conv_.stride, conv_.padding, conv_.dilation, false, {0, 0},
+                                   conv_.depthwise ? x.size(1) : 1, {false, true, false})));
   }
 }
 
