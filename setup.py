@@ -31,6 +31,7 @@ def switch(name: str) -> str:
     return value
 
 
+HERE = Path(__file__).parent
 NATIVE, CUDA = switch("DMCP_NATIVE"), switch("DMCP_CUDA")
 REQUIRED = "ON" in (NATIVE, CUDA)
 
@@ -48,23 +49,30 @@ def installed_torch() -> Path | None:
     return next((folder for folder in candidates if (folder / needed).is_file()), None)
 
 
-def nodes_of(torch: Path) -> str:
-    """The name of the module of nodes; C++ programs fit one minor version of PyTorch only."""
-    version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
-    if version is None:
-        raise CompileError(f"{torch / 'version.py'} does not say which version it is")
-    return f"dmcp._nodes_torch_{version[1]}_{version[2]}"
+def nodes_of(torch: Path | None) -> list[str]:
+    """The name of the module of nodes, if one can be built: C++ that uses PyTorch fits one minor
+    version of it only."""
+    text = (torch / "version.py").read_text() if torch is not None else ""
+    version = re.search(r"""__version__ = ['"](\d+)\.(\d+)""", text)
+    return [f"dmcp._nodes_torch_{version[1]}_{version[2]}"] if version else []
 
 
-TORCH = installed_torch()
+TORCH = installed_torch() if NATIVE != "OFF" else None
 
 
 class CMakeBuild(build_ext):
     """Builds the extensions with CMake instead of the compiler of setuptools."""
 
+    def run(self) -> None:
+        if self.inplace or self.editable_mode:
+            # A failed build must not leave an earlier module in place.
+            for earlier in [*HERE.glob("dmcp/_native.*.so"), *HERE.glob("dmcp/_nodes_torch_*.so")]:
+                earlier.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.unlink(missing_ok=True)  # a failed build must not leave an earlier module in place
+        target.unlink(missing_ok=True)
         if ext.name != "dmcp._native":
             return self.build_nodes(target)
         attempts = ["AUTO", "OFF"] if CUDA == "AUTO" else [CUDA]
@@ -84,9 +92,9 @@ class CMakeBuild(build_ext):
                 target.parent, "_nodes", f"-DDMCP_TORCH={TORCH}", f"-DDMCP_NODES={target.name}"
             )
         except (OSError, subprocess.CalledProcessError) as error:
+            outcome = "" if REQUIRED else "; dmcp installs without them, slower on small layers"
             raise CompileError(
-                f"the autograd nodes could not be built (see above): {error}; dmcp installs "
-                "without them and is slower on small layers"
+                f"the autograd nodes could not be built (see above): {error}{outcome}"
             ) from error
 
     def build_native(self, output: Path, cuda: str) -> None:
@@ -102,7 +110,7 @@ class CMakeBuild(build_ext):
         # A cache of an earlier build names tools of pip's build environment, deleted since.
         fresh = ["--fresh"] if target == "_native" else []
         configure = [
-            *(cmake, *fresh, "-S", str(Path(__file__).parent), "-B", str(build)),
+            *(cmake, *fresh, "-S", str(HERE), "-B", str(build)),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -118,7 +126,7 @@ class CMakeBuild(build_ext):
 
 
 # In this order: the second build goes on from the first.
-modules = ["dmcp._native", *([nodes_of(TORCH)] if TORCH is not None else [])]
+modules = ["dmcp._native", *nodes_of(TORCH)]
 native = [Extension(name, sources=[], optional=not REQUIRED) for name in modules]
 setup(
     packages=[*find_packages(include=["dmcp", "dmcp.*"]), "dmcp.kernels"],

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/depthwise.h"
 #include "cpu/expected_cost.h"
@@ -407,7 +408,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("expected_cost_cpu", &expected_cost_cpu, no_gil);
   m.def("expected_cost_backward_cpu", &expected_cost_backward_cpu, no_gil);
   m.def("cpu_isas", &dmcp::cpu::isas);
-  m.def("cpu_kernels", [] { return reinterpret_cast<Address>(&dmcp::cpu::table()); });
+  m.def("cpu_kernels", [] {
+    return std::make_pair(reinterpret_cast<Address>(&dmcp::cpu::table()), dmcp::cpu::kTableVersion);
+  });
   m.def("norm_stats_cpu", &norm_stats_cpu, no_gil);
   m.def("norm_act_cpu", &norm_act_cpu, no_gil);
   m.def("norm_act_sums_cpu", &norm_act_sums_cpu, no_gil);

@@ -64,9 +64,9 @@ def _load_nodes(native: ModuleType) -> str:
         return f"not built for PyTorch {major}.{minor}: install that first, then dmcp from source"
     try:
         torch.ops.load_library(spec.origin)
-    except OSError as error:
+        torch.ops.dmcp.use_kernels(*native.cpu_kernels())
+    except (OSError, RuntimeError, AttributeError) as error:
         return str(error)
-    torch.ops.dmcp.use_kernels(native.cpu_kernels())
     return ""
 
 

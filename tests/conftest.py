@@ -9,11 +9,12 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import pytest
 import torch
@@ -425,25 +426,54 @@ def reference_ops(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., ForkServerProcess]:
-    """Starts ``python -m dmcp …`` or ``python <file> …`` in a process of its own, forked from one
-    that has imported what takes seconds, and has done nothing else."""
+def fork_server() -> ForkServerContext:
+    """Processes forked from one that has imported what takes seconds, and has done nothing else."""
     context = multiprocessing.get_context("forkserver")
     packages = ("torch.export", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets")
     context.set_forkserver_preload(["dmcp.cli.commands", *packages, "kornia"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONSAFEPATH", "1")  # the installed package, not the checkout's folder
         forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def launch(fork_server) -> Iterator[Callable[..., ForkServerProcess]]:
+    """Starts ``python -m dmcp …`` or ``python <file> …`` in a process of its own, soon, see
+    `fork_server`; what still lives at the end of the test is killed.
+
+    All of them share the hash seed and the addresses of libraries: where nothing may depend on
+    these, let a new interpreter take part.
+    """
+    started: list[ForkServerProcess] = []
 
     def start(program: str, *arguments: object) -> ForkServerProcess:
         run = runpy.run_path if program.endswith(".py") else runpy.run_module
-        process = context.Process(target=run, args=(program, None, "__main__"))
+        process = fork_server.Process(target=run, args=(program, None, "__main__"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [program, *map(str, arguments)])  # the process takes it over
             process.start()
+        started.append(process)
         return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()  # pytest would wait for it for ever
+        process.join()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Waits for what a process is to bring about."""
+
+    def wait(process: ForkServerProcess, condition: Callable[[], object], poll: float) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.is_alive(), "the process ended before what was waited for"
+            assert time.monotonic() < deadline, "what was waited for did not come in 120 s"
+            time.sleep(poll)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,9 @@
 
 namespace dmcp::cpu {
 
+// To be counted up with every change of Table or of what its kernels take.
+constexpr int64_t kTableVersion = 1;
+
 struct Table {
   std::string isa;  // the best one that this machine runs
   decltype(&norm_act_kernels) norm_act;

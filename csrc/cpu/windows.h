@@ -17,11 +17,16 @@ struct Windows {
   DType dtype;
 
   int64_t rows() const {
-    return (height + 2 * padding_height - dilation_height * (kernel_height - 1) - 1) /
-               stride_height + 1;
+    return fit(height + 2 * padding_height, dilation_height * (kernel_height - 1) + 1,
+               stride_height);
   }
   int64_t columns() const {
-    return (width + 2 * padding_width - dilation_width * (kernel_width - 1) - 1) / stride_width + 1;
+    return fit(width + 2 * padding_width, dilation_width * (kernel_width - 1) + 1, stride_width);
+  }
+
+ private:
+  static int64_t fit(int64_t size, int64_t window, int64_t stride) {
+    return size < window ? 0 : (size - window) / stride + 1;
   }
 };
 

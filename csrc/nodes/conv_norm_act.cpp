@@ -18,6 +18,7 @@ using torch::autograd::variable_list;
 
 // What is no tensor, and comes back in the backward.
 struct Plan {
+  static constexpr int kNumbers = 10;  // of the convolution
   Convolution conv;
   std::vector<int64_t> widths;  // empty: all, and gradients are autograd's
 
@@ -32,9 +33,13 @@ struct Plan {
   static Plan unpacked(const c10::IValue& value) {
     const std::vector<int64_t> n = value.toIntVector();
     return {{n[0], {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6]}, {n[7], n[8]}, n[9] != 0},
-            {n.begin() + 10, n.end()}};
+            {n.begin() + kNumbers, n.end()}};
   }
 };
+
+Tensor channels_last(const Tensor& image) {
+  return image.defined() ? image.contiguous(at::MemoryFormat::ChannelsLast) : image;
+}
 
 class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
  public:
@@ -67,7 +72,9 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &z = saved[2], &moments = saved[3];
+    // Whoever hooks saved tensors may give them back with other strides.
+    const Tensor x = channels_last(saved[0]), z = channels_last(saved[2]);
+    const Tensor &weight = saved[1], &moments = saved[3];
     auto& data = ctx->saved_data;
     const Plan plan = Plan::unpacked(data["plan"]);
     const std::vector<int64_t> sizes = data["sizes"].toIntVector();
@@ -75,19 +82,19 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
     norm.eps = data["eps"].toDouble();
     norm.act = static_cast<Act>(data["act"].toInt());
 
-    size_t edge = 0;
-    const auto wanted = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
-    const bool wants_x = wanted(true), wants_weight = wanted(true);
-    const bool wants_gain = wanted(norm.weight.defined()), wants_bias = wanted(norm.bias.defined());
-    const bool wants_scale = wanted(norm.scale.defined());
-    const bool wants_residual = wanted(data["residual"].toBool());
+    Wanted wanted(*ctx);
+    const bool wants_x = wanted.next(), wants_weight = wanted.next();
+    const bool wants_gain = wanted.next(norm.weight.defined());
+    const bool wants_bias = wanted.next(norm.bias.defined());
+    const bool wants_scale = wanted.next(norm.scale.defined());
+    const bool wants_residual = wanted.next(data["residual"].toBool());
     const bool in_autograd = plan.widths.empty();
 
     variable_list found(8);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const auto leaf_gradient = [&](const char* name, bool wanted) {
-        return wanted && !in_autograd ? gradient_of(data[name].toTensor()) : Tensor();
+      const auto leaf_gradient = [&](const char* name, bool wants_it) {
+        return wants_it && !in_autograd ? gradient_of(data[name].toTensor()) : Tensor();
       };
       Tensor into = leaf_gradient("weight", wants_weight);
       if (in_autograd && wants_weight)
@@ -125,10 +132,12 @@ std::optional<Tensor> conv_norm_act(
   const Convolution conv{inputs,        pair(kernel),   pair(stride),
                          pair(padding), pair(dilation), depthwise};
   const Plan plan{conv, widths ? widths->vec() : std::vector<int64_t>()};
-  const Products products(conv, x.sizes());
-  const auto sizes = products.output_sizes(x.sizes(), products.cut(weight, plan.widths));
-  if (!has_kernels(x) || !x.is_contiguous(at::MemoryFormat::ChannelsLast) || !takes(sizes, x, norm))
+  if (!has_kernels(x) || x.dim() != 4 || !x.is_contiguous(at::MemoryFormat::ChannelsLast) ||
+      weight.dim() != 4 || !weight.is_cpu() || weight.scalar_type() != vector_dtype(x))
     return std::nullopt;
+  const Products products(conv, x.sizes());
+  const auto sizes = products.output_sizes(x, products.cut(weight, plan.widths));
+  if (!sizes || !takes(*sizes, x, norm, /*is_prefix=*/!plan.widths.empty())) return std::nullopt;
   return ConvNormAct::apply(x, weight, norm_weight, norm_bias, scale, residual, norm, plan);
 }
 

@@ -1,7 +1,5 @@
 #include "nodes/gradients.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-
 namespace dmcp::nodes {
 
 namespace {

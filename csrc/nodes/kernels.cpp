@@ -8,7 +8,10 @@ namespace {
 
 const cpu::Table* given = nullptr;
 
-void use_kernels(int64_t address) { given = reinterpret_cast<const cpu::Table*>(address); }
+void use_kernels(int64_t address, int64_t version) {
+  TORCH_CHECK(version == cpu::kTableVersion, "built for other kernels: install dmcp again");
+  given = reinterpret_cast<const cpu::Table*>(address);
+}
 
 const cpu::Table& table() {
   TORCH_CHECK(given, "dmcp::use_kernels was not called");
@@ -55,9 +58,9 @@ at::ScalarType vector_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// `address`: what dmcp._native.cpu_kernels() says; called once, when both modules are loaded.
+// What dmcp._native.cpu_kernels() says; called once, when both modules are loaded.
 TORCH_LIBRARY_FRAGMENT(dmcp, library) {
-  library.def("use_kernels(int address) -> ()", &use_kernels);
+  library.def("use_kernels(int address, int version) -> ()", &use_kernels);
 }
 
 }  // namespace dmcp::nodes

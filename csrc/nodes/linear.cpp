@@ -42,10 +42,14 @@ class Linear : public torch::autograd::Function<Linear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1];
+    // Whoever hooks saved tensors may give them back with other strides.
+    const Tensor x = saved[0].defined() ? saved[0].contiguous() : Tensor();
+    const Tensor& weight = saved[1];
     const std::vector<int64_t> widths = ctx->saved_data["widths"].toIntVector();
     const std::optional<Tensor> bias = ctx->saved_data["bias"].toOptional<Tensor>();
-    const bool wants_x = ctx->needs_input_grad(0), wants_weight = ctx->needs_input_grad(1);
+    Wanted wanted(*ctx);
+    const bool wants_x = wanted.next(), wants_weight = wanted.next();
+    const bool wants_bias = wanted.next(bias.has_value());
     variable_list found(4);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -58,7 +62,7 @@ class Linear : public torch::autograd::Function<Linear> {
         const Tensor into = gradient_of(ctx->saved_data["weight"].toTensor());
         products.add_grad_weight(image, image_of(x), cut, products.cut(into, widths));
       }
-      if (bias && ctx->needs_input_grad(2))
+      if (wants_bias)
         gradient_of(*bias).narrow(0, 0, widths[0]).add_(rows.sum(0, false, bias->scalar_type()));
     }
     forbid_second_derivatives(found, grads[0]);
@@ -73,7 +77,8 @@ std::optional<Tensor> linear(const Tensor& x, const Tensor& weight,
     return parameter.is_cpu() && parameter.scalar_type() == vector_dtype(x);
   };
   if (!has_kernels(x) || x.dim() != 2 || !x.is_contiguous() || x.numel() == 0) return std::nullopt;
-  if (!fits(weight) || (bias && !fits(*bias)) || x.size(1) != widths[1]) return std::nullopt;
+  if (!fits(weight) || weight.dim() != 2 || (bias && !fits(*bias))) return std::nullopt;
+  if (x.size(1) != widths[1]) return std::nullopt;
   return Linear::apply(x, weight, bias, widths.vec());
 }
 

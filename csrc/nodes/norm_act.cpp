@@ -33,14 +33,14 @@ int64_t pitch_of(const Shape& shape) {
 
 const void* read(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
-void* write(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+void* written(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
-Pitched<const void> input(const Tensor& tensor, const Shape& shape) {
+Pitched<const void> read(const Tensor& tensor, const Shape& shape) {
   return {read(tensor), pitch_of(shape)};
 }
 
-Pitched<void> output(const Tensor& tensor, const Shape& shape) {
-  return {write(tensor), pitch_of(shape)};
+Pitched<void> written(const Tensor& tensor, const Shape& shape) {
+  return {written(tensor), pitch_of(shape)};
 }
 
 void* row(const Tensor& matrix, int64_t index) {
@@ -76,7 +76,7 @@ class Updated {
   explicit Updated(const Tensor& given)
       : given_(given), dense_(given.defined() ? given.contiguous() : given) {}
 
-  void* data() const { return write(dense_); }
+  void* data() const { return written(dense_); }
 
   void done() const {
     if (!given_.defined()) return;
@@ -92,20 +92,11 @@ void add_row(const Tensor& target, const Tensor& sums, int64_t index) {
   if (target.defined()) target.narrow(0, 0, sums.size(1)).add_(sums.select(0, index));
 }
 
-bool fits(const Tensor& vector, const Tensor& x) {
-  return !vector.defined() || (vector.dim() == 1 && vector.size(0) == x.size(1) &&
-                               vector.scalar_type() == vector_dtype(x) && vector.is_cpu());
-}
-
-// Whether the node takes these arguments.
-bool serves(const Tensor& x, const Norm& norm) {
-  const bool is_dense = x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  if (!has_kernels(x) || x.dim() < 2 || !is_dense) return false;
-  if (norm.running_mean.defined() != norm.running_var.defined()) return false;
-  for (const Tensor* vector :
-       {&norm.weight, &norm.bias, &norm.scale, &norm.running_mean, &norm.running_var})
-    if (!fits(*vector, x)) return false;
-  return takes(x.sizes(), x, norm);
+// Whether a vector has the values of so many channels of x, or more where they may be a prefix.
+bool fits(const Tensor& vector, const Tensor& x, int64_t channels, bool is_prefix) {
+  if (!vector.defined()) return true;
+  return vector.dim() == 1 && vector.is_cpu() && vector.scalar_type() == vector_dtype(x) &&
+         (vector.size(0) == channels || (is_prefix && vector.size(0) > channels));
 }
 
 // The node of norm_act_train.
@@ -130,15 +121,17 @@ class NormAct : public torch::autograd::Function<NormAct> {
     Norm norm{saved[2], saved[3], saved[4], saved[5]};
     norm.eps = ctx->saved_data["eps"].toDouble();
     norm.act = static_cast<Act>(ctx->saved_data["act"].toInt());
-    size_t edge = 0;
-    const auto wanted = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
-    const bool wants_x = wanted(true), wants_weight = wanted(norm.weight.defined());
-    const bool wants_bias = wanted(norm.bias.defined()), wants_scale = wanted(norm.scale.defined());
-    const bool wants_residual = wanted(ctx->saved_data["residual"].toBool());
+    Wanted wanted(*ctx);
+    const bool wants_x = wanted.next(), wants_weight = wanted.next(norm.weight.defined());
+    const bool wants_bias = wanted.next(norm.bias.defined());
+    const bool wants_scale = wanted.next(norm.scale.defined());
+    const bool wants_residual = wanted.next(ctx->saved_data["residual"].toBool());
     variable_list found(6);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      Gradients all = gradients(grads[0], saved[0], saved[1], norm, {}, {}, wants_x);
+      // Whoever hooks saved tensors may give them back with other strides.
+      const Tensor x = saved[0].contiguous(format_of(saved[0]));
+      const Gradients all = gradients(grads[0], x, saved[1], norm, {}, {}, wants_x);
       found[0] = all.x;
       if (wants_weight) found[1] = all.sums.select(0, 1);
       if (wants_bias) found[2] = all.sums.select(0, 0);
@@ -161,7 +154,9 @@ std::optional<Tensor> norm_act(const Tensor& x, const std::optional<Tensor>& wei
                                double eps, int64_t act, bool before) {
   const Norm norm =
       norm_of(weight, bias, scale, residual, running_mean, running_var, momentum, eps, act, before);
-  if (!serves(x, norm)) return std::nullopt;
+  const bool is_dense = x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!has_kernels(x) || x.dim() < 2 || !is_dense) return std::nullopt;
+  if (!takes(x.sizes(), x, norm, /*is_prefix=*/false)) return std::nullopt;
   return NormAct::apply(x, weight, bias, scale, residual, norm);
 }
 
@@ -184,13 +179,18 @@ Norm norm_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& b
           before ? Residual::before : Residual::after};
 }
 
-bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm) {
+bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm, bool is_prefix) {
+  const int64_t values = c10::multiply_integers(sizes), channels = sizes[1];
+  if (values == 0 || values < 2 * channels) return false;
+  if (norm.act < Act::identity || norm.act > Act::silu) return false;
+  if (norm.running_mean.defined() != norm.running_var.defined()) return false;
+  for (const Tensor* vector : {&norm.weight, &norm.bias})
+    if (!fits(*vector, x, channels, is_prefix)) return false;
+  for (const Tensor* vector : {&norm.scale, &norm.running_mean, &norm.running_var})
+    if (!fits(*vector, x, channels, false)) return false;
   const Tensor& residual = norm.residual;
-  const int64_t values = c10::multiply_integers(sizes);
-  const bool fits = !residual.defined() || (residual.scalar_type() == x.scalar_type() &&
-                                            residual.is_cpu() && residual.sizes() == sizes);
-  return values > 0 && values >= 2 * sizes[1] && fits && norm.act >= Act::identity &&
-         norm.act <= Act::silu;
+  return !residual.defined() || (residual.is_cpu() && residual.sizes() == sizes &&
+                                 residual.scalar_type() == x.scalar_type());
 }
 
 Normalised normalise(const Tensor& x, const Norm& norm) {
@@ -199,7 +199,7 @@ Normalised normalise(const Tensor& x, const Norm& norm) {
   Normalised result{at::empty_like(x),
                     at::empty({2, x.size(1)}, x.options().dtype(vector_dtype(x)))};
   const Updated mean(norm.running_mean), var(norm.running_var);
-  run.stats(shape, input(x, shape), row(result.moments, 0), row(result.moments, 1), mean.data(),
+  run.stats(shape, read(x, shape), row(result.moments, 0), row(result.moments, 1), mean.data(),
             var.data(), norm.momentum);
   mean.done();
   var.done();
@@ -207,7 +207,7 @@ Normalised normalise(const Tensor& x, const Norm& norm) {
       norm.residual.defined() ? norm.residual.contiguous(format_of(x)) : norm.residual;
   const Vectors vectors(result.moments, norm);
   run.forward(shape, vectors.affine(), norm.act, residual.defined() ? norm.place : Residual::none,
-              input(x, shape), input(residual, shape), output(result.y, shape));
+              read(x, shape), read(residual, shape), written(result.y, shape));
   return result;
 }
 
@@ -226,12 +226,12 @@ Gradients gradients(const Tensor& grad, const Tensor& x, const Tensor& moments, 
     found.residual = seen = at::empty_like(x);
     left = Act::identity;  // the activation is behind us then
   }
-  run.sums(shape, affine, norm.act, input(incoming, shape), input(x, shape), input(residual, shape),
-           residual.defined() ? output(seen, shape) : Pitched<void>{}, found.sums.data_ptr());
+  run.sums(shape, affine, norm.act, read(incoming, shape), read(x, shape), read(residual, shape),
+           residual.defined() ? written(seen, shape) : Pitched<void>{}, found.sums.data_ptr());
   if (wants_x) {
     found.x = at::empty_like(x);
     run.grad(shape, affine, left, found.sums.data_ptr(), static_cast<double>(shape.count()),
-             input(seen, shape), input(x, shape), output(found.x, shape));
+             read(seen, shape), read(x, shape), written(found.x, shape));
   }
   add_row(add_bias, found.sums, 0);
   add_row(add_weight, found.sums, 1);

@@ -28,8 +28,9 @@ Norm norm_of(const std::optional<Tensor>& weight, const std::optional<Tensor>& b
              const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
              double momentum, double eps, int64_t act, bool before);
 
-// Whether a norm can be applied to activations of these sizes, and else like x.
-bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm);
+// Whether a norm can be applied to activations of these sizes, and else like x; if `is_prefix`, the
+// first channels of its weight and bias.
+bool takes(at::IntArrayRef sizes, const Tensor& x, const Norm& norm, bool is_prefix);
 
 struct Normalised {
   Tensor y;

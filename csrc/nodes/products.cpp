@@ -47,9 +47,9 @@ Tensor empty_image(const Tensor& like, int64_t channels, int64_t height, int64_t
 
 bool is_half(const Tensor& image) { return image.scalar_type() == at::kBFloat16; }
 
-Pitched<const void> input(const Tensor& image) { return {image.data_ptr(), image.size(1)}; }
+Pitched<const void> read(const Tensor& image) { return {image.data_ptr(), image.size(1)}; }
 
-Pitched<void> output_of(const Tensor& image) { return {image.data_ptr(), image.size(1)}; }
+Pitched<void> written(const Tensor& image) { return {image.data_ptr(), image.size(1)}; }
 
 // --- Pointwise: a weight is a matrix [O, I], perhaps the corner of a wider one
 
@@ -66,8 +66,7 @@ Tensor pointwise(const Tensor& x, const Tensor& weight) {
   Tensor y = empty_image(x, outputs, x.size(2), x.size(3));
   if (is_half(x)) {
     const Tensor dense = with_dense_rows(weight);
-    pointwise_kernels().forward({pixels(x), inputs, outputs}, input(x), matrix(dense),
-                                output_of(y));
+    pointwise_kernels().forward({pixels(x), inputs, outputs}, read(x), matrix(dense), written(y));
   } else {
     Tensor result = rows(y);
     at::mm_out(result, rows(x), weight.t());
@@ -80,8 +79,8 @@ Tensor pointwise_grad_input(const Tensor& grad, const Tensor& weight) {
   Tensor grad_x = empty_image(grad, inputs, grad.size(2), grad.size(3));
   if (is_half(grad)) {
     const Tensor dense = with_dense_rows(weight);
-    pointwise_kernels().grad_input({pixels(grad), inputs, outputs}, input(grad), matrix(dense),
-                                   output_of(grad_x));
+    pointwise_kernels().grad_input({pixels(grad), inputs, outputs}, read(grad), matrix(dense),
+                                   written(grad_x));
   } else {
     Tensor result = rows(grad_x);
     at::mm_out(result, rows(grad), weight);
@@ -90,8 +89,13 @@ Tensor pointwise_grad_input(const Tensor& grad, const Tensor& weight) {
 }
 
 void add_pointwise_grad_weight(const Tensor& grad, const Tensor& x, Tensor into) {
-  if (is_half(x)) {
-    pointwise_kernels().grad_weight({pixels(x), into.size(1), into.size(0)}, input(grad), input(x),
+  const bool is_dense = into.stride(1) == 1 || into.size(1) == 1;
+  if (!is_dense || into.scalar_type() != vector_dtype(x)) {
+    const Tensor found = at::zeros(into.sizes(), into.options().dtype(vector_dtype(x)));
+    add_pointwise_grad_weight(grad, x, found);
+    into.add_(found);
+  } else if (is_half(x)) {
+    pointwise_kernels().grad_weight({pixels(x), into.size(1), into.size(0)}, read(grad), read(x),
                                     {into.mutable_data_ptr<float>(), into.stride(0)}, true);
   } else {
     at::addmm_out(into, into, rows(grad).t(), rows(x));
@@ -122,7 +126,7 @@ Tensor gather(const Convolution& conv, const Tensor& x) {
   const cpu::Windows windows = windows_of(conv, x.sizes(), x);
   Tensor image = empty_image(x, conv.kernel[0] * conv.kernel[1] * x.size(1), windows.rows(),
                              windows.columns());
-  nodes::gather_windows(windows, input(x), image.data_ptr());
+  nodes::gather_windows(windows, read(x), image.data_ptr());
   return image;
 }
 
@@ -143,12 +147,19 @@ Tensor Products::cut(const Tensor& weight, at::IntArrayRef widths) const {
   return weight.as_strided({outputs, inputs, sizes[2], sizes[3]}, strides);
 }
 
-std::array<int64_t, 4> Products::output_sizes(at::IntArrayRef sizes, const Tensor& weight) const {
-  const auto side = [&](int axis) {
+std::optional<std::array<int64_t, 4>> Products::output_sizes(const Tensor& x,
+                                                             const Tensor& weight) const {
+  const bool has_inputs = conv_.depthwise ? weight.size(0) == x.size(1) && weight.size(1) == 1
+                                          : weight.size(1) == x.size(1);
+  std::array<int64_t, 4> sizes{x.size(0), weight.size(0)};
+  for (int axis = 0; axis < 2; ++axis) {
     const int64_t window = conv_.dilation[axis] * (conv_.kernel[axis] - 1) + 1;
-    return (sizes[2 + axis] + 2 * conv_.padding[axis] - window) / conv_.stride[axis] + 1;
-  };
-  return {sizes[0], weight.size(0), side(0), side(1)};
+    const int64_t rest = x.size(2 + axis) + 2 * conv_.padding[axis] - window;
+    const bool has_kernel = way_ == Way::pointwise || weight.size(2 + axis) == conv_.kernel[axis];
+    if (!has_inputs || !has_kernel || rest < 0) return std::nullopt;
+    sizes[2 + axis] = rest / conv_.stride[axis] + 1;
+  }
+  return sizes;
 }
 
 Tensor Products::output(const Tensor& x, const Tensor& weight) const {
@@ -159,7 +170,7 @@ Tensor Products::output(const Tensor& x, const Tensor& weight) const {
       const cpu::Depthwise conv = depthwise_of(conv_, x);
       const Tensor dense = weight.contiguous();
       Tensor y = empty_image(x, x.size(1), conv.out_height(), conv.out_width());
-      depthwise_kernels(dtype_of(x)).forward(conv, input(x), dense.data_ptr(), output_of(y));
+      depthwise_kernels(dtype_of(x)).forward(conv, read(x), dense.data_ptr(), written(y));
       return y;
     }
     case Way::gathered:
@@ -180,8 +191,7 @@ Tensor Products::grad_input(const Tensor& grad, const Tensor& weight, at::IntArr
       const Tensor dense = weight.contiguous();
       Tensor grad_x = empty_image(grad, sizes[1], sizes[2], sizes[3]);
       depthwise_kernels(dtype_of(grad))
-          .grad_input(depthwise_of(conv_, grad_x), input(grad), dense.data_ptr(),
-                      output_of(grad_x));
+          .grad_input(depthwise_of(conv_, grad_x), read(grad), dense.data_ptr(), written(grad_x));
       return grad_x;
     }
     case Way::gathered: {
@@ -208,15 +218,16 @@ void Products::add_grad_weight(const Tensor& grad, const Tensor& x, const Tensor
     case Way::pointwise:
       return add_pointwise_grad_weight(grad, x, into);
     case Way::depthwise: {
-      const Tensor found = at::empty(into.sizes(), into.options());
+      const Tensor found = at::empty(into.sizes(), into.options().dtype(vector_dtype(x)));
       depthwise_kernels(dtype_of(x))
-          .grad_weight(depthwise_of(conv_, x), input(grad), input(x), found.data_ptr());
+          .grad_weight(depthwise_of(conv_, x), read(grad), read(x), found.data_ptr());
       into.add_(found);
       return;
     }
     case Way::gathered: {
       const auto sizes = into.sizes();
-      const Tensor found = at::zeros({sizes[0], sizes[2] * sizes[3] * sizes[1]}, into.options());
+      const Tensor found = at::zeros({sizes[0], sizes[2] * sizes[3] * sizes[1]},
+                                     into.options().dtype(vector_dtype(x)));
       add_pointwise_grad_weight(grad, gather(conv_, x), found);
       into.add_(found.view({sizes[0], sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2}));
       return;

@@ -29,11 +29,11 @@ class Products {
   Products(const Convolution& conv, at::IntArrayRef sizes);
 
   // What the other methods take of a weight: a view of its first outputs and inputs, as many as
-  // `widths` says, all where that is empty.
+  // `widths` says, all where that is empty; a matrix [O, C] where the kernel is one pixel.
   Tensor cut(const Tensor& weight, at::IntArrayRef widths) const;
 
-  // Of an output of these sizes of x and a weight.
-  std::array<int64_t, 4> output_sizes(at::IntArrayRef sizes, const Tensor& weight) const;
+  // Of the output; none where a cut weight does not fit x, or x is smaller than a window.
+  std::optional<std::array<int64_t, 4>> output_sizes(const Tensor& x, const Tensor& weight) const;
 
   Tensor output(const Tensor& x, const Tensor& weight) const;
   Tensor grad_input(const Tensor& grad, const Tensor& weight, at::IntArrayRef sizes) const;

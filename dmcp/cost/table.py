@@ -113,6 +113,8 @@ class LatencyTable:
         """
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}")
+        setting = dict(data["setting"])
+        _check_input(setting.get("input"))
         axes = tuple(TableAxis(axis["weights"], tuple(axis["nodes"])) for axis in data["axes"])
         terms = tuple(
             TableTerm(
@@ -126,7 +128,7 @@ class LatencyTable:
             for term in data["terms"]
         )
         table = cls(
-            setting=dict(data["setting"]),
+            setting=setting,
             units=data["units"],
             searchable=tuple(data["searchable"]),
             macs=data["macs"],
@@ -181,6 +183,15 @@ class LatencyTable:
                 "pairs": [values.tolist() for values in pairs.values()],
             }
         )
+
+
+def _check_input(shape: object) -> None:
+    """Refuse what is no shape of a batch; a table may have none."""
+    if shape is None:
+        return
+    is_shape = isinstance(shape, list | tuple) and all(type(n) is int and n > 0 for n in shape)
+    if not (is_shape and shape):
+        raise ValueError(f"setting['input'] must be the shape of a batch, got {shape!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,13 +257,13 @@ def latency(graph: ChannelGraph, table: LatencyTable, macs: int) -> TableCost:
         )
     # Of the measured batch only its size may be another: it is that of what will be served.
     images = table.setting.get("input")
-    if images and graph.inputs and [tuple(images[1:])] != [*graph.inputs]:
+    if images is not None and graph.inputs and [tuple(images[1:])] != [*graph.inputs]:
         raise ConfigError(
             f"the latency table is of images {images[1:]}, this network was traced with "
-            f"{', '.join(str([*shape]) for shape in graph.inputs)}; measure it with these with "
-            f"`{MEASURE}`"
+            f"{', '.join(str([*shape]) for shape in graph.inputs)}; measure it with images of "
+            f"that shape by `{MEASURE}`"
         )
-    for measured, own in zip_longest(table.operators, graph.operators):
+    for measured, own in zip_longest(_computing(table.operators), _computing(graph.operators)):
         if measured != own:
             raise ConfigError(
                 f"the latency table is of another network: where it has {measured}, this network "
@@ -265,3 +276,8 @@ def latency(graph: ChannelGraph, table: LatencyTable, macs: int) -> TableCost:
             f"measure with `{MEASURE}` and without excluding it"
         )
     return TableCost("latency", graph.units, table.function())
+
+
+def _computing(operators: Sequence[str]) -> list[str]:
+    """Without the inputs, which are plain names: in a compiled model they are others."""
+    return [operator for operator in operators if not operator.isidentifier()]

@@ -29,9 +29,11 @@ def stratified_split(
         DataError: a class has fewer than two images.
     """
     if fraction == 0:
-        return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
+        return torch.arange(len(labels), device="cpu"), torch.empty(
+            0, dtype=torch.int64, device="cpu"
+        )
     generator = torch.Generator().manual_seed(seed)
-    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label, name in enumerate(classes):
         members = (labels == label).nonzero().squeeze(1)
         if len(members) < 2:
@@ -40,5 +42,7 @@ def stratified_split(
                 f"got {len(members)}, need at least 2"
             )
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        taken[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        taken[members[torch.randperm(len(members), generator=generator, device="cpu")[:count]]] = (
+            True
+        )
     return (~taken).nonzero().squeeze(1), taken.nonzero().squeeze(1)

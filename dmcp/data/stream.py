@@ -134,12 +134,12 @@ def _global_batches(
     length: int, batch_size: int, seed: int, start_step: int, steps: int
 ) -> Iterator[Tensor]:
     per_epoch = length // batch_size
-    order_epoch, order = -1, torch.empty(0)
+    order_epoch, order = -1, torch.empty(0, device="cpu")
     for step in range(start_step, steps):
         epoch, position = divmod(step, per_epoch)
         if epoch != order_epoch:
             generator = torch.Generator().manual_seed(_derive_seed(_PERMUTATION, seed, epoch))
-            order_epoch, order = epoch, torch.randperm(length, generator=generator)
+            order_epoch, order = epoch, torch.randperm(length, generator=generator, device="cpu")
         yield order[position * batch_size : (position + 1) * batch_size]
 
 

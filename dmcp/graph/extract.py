@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmcp.errors import ConfigError
 from dmcp.graph.channel_graph import ChannelGraph
-from dmcp.graph.tensors import tensor_of
+from dmcp.graph.tensors import known_as, tensor_of
 from dmcp.graph.units import AxisMap, check_widths
 
 
@@ -107,7 +107,7 @@ def _prefixes(graph: ChannelGraph, widths: Mapping[str, int]) -> dict[int, Tenso
 def _subsets(graph: ChannelGraph, kept: Mapping[str, Tensor | Sequence[int]]) -> dict[int, Tensor]:
     steps = {}
     numbers = {unit.name: number for number, unit in enumerate(graph.units)}
-    for name, indices in kept.items():
+    for name, indices in ((known_as(name, numbers), indices) for name, indices in kept.items()):
         index = torch.as_tensor(indices, device="cpu").unique()
         check_widths(graph.units, {name: len(index)})
         unit = graph.units[numbers[name]]

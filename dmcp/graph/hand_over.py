@@ -129,7 +129,7 @@ def _state(
             f"optimizers: {type(optimizer).__name__} holds no parameter of the traced model"
         )
     if any(p in successors and p.shape != successors[p].parameter.shape for p in held):
-        _check_apart(optimizer)
+        _refuse_joint_state(optimizer)
     state: dict[Any, Any] = {}
     for parameter, remembered in optimizer.state.items():
         if parameter not in successors:
@@ -144,16 +144,20 @@ def _state(
     return state
 
 
-def _check_apart(optimizer: Optimizer) -> None:
+def _refuse_joint_state(optimizer: Optimizer) -> None:
     """Refuse an optimizer that remembers several parameters as one vector, as L-BFGS does in the
-    state of the first one, whose own shape may well stay."""
+    state of the first one, whose own shape may well stay.
+
+    What has more dimensions, such as a matrix of a vector's second moments, is of one parameter.
+    """
     for parameter, remembered in optimizer.state.items():
         for key, value in remembered.items():
-            if isinstance(value, Tensor) and value.numel() > max(parameter.numel(), 1):
+            is_vector = isinstance(value, Tensor) and value.ndim == 1
+            if is_vector and len(value) > max(parameter.numel(), 1):
                 raise ConfigError(
                     f"optimizers: {type(optimizer).__name__} remembers {key!r}, "
-                    f"of shape {[*value.shape]}, of a parameter of shape {[*parameter.shape]}, "
-                    "so of others, too: it cannot be handed over"
+                    f"of shape {[*value.shape]}, with a parameter of shape {[*parameter.shape]}: "
+                    "a vector of more than this parameter cannot be handed over"
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from itertools import chain
 
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ from dmcp.errors import ConfigError
 def unwrapped(name: str) -> str:
     """A qualified name as it would be without ``torch.compile``, in the model or around it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def known_as(name: str, known: Container[str]) -> str:
+    """The name of a unit by the name of its module, which may be compiled; else the name itself."""
+    plain = unwrapped(name)
+    return plain if name not in known and plain in known else name
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dmcp.errors import ConfigError, TraceError
 from dmcp.graph.capture import capture
 from dmcp.graph.channel_graph import ChannelGraph
-from dmcp.graph.tensors import tensor_of, unwrapped
+from dmcp.graph.tensors import known_as, tensor_of, unwrapped
 from dmcp.graph.units import ChannelUnit
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def _tie(tracer: Tracer, groups: Sequence[Sequence[str]]) -> None:
     from dmcp.graph.partition import Partition, tie
 
     units = {unit.name: unit for unit in Partition(tracer).units}
+    groups = [[known_as(name, units) for name in group] for group in groups]
     for group in groups:
         unknown = [name for name in group if name not in units]
         if unknown:

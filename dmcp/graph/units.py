@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmcp.errors import ConfigError
+from dmcp.graph.tensors import known_as
 
 FIXED = -1
 """Unit number of channels that belong to no unit (the model's inputs): they are always kept."""
@@ -111,6 +112,7 @@ def check_widths(units: Sequence[ChannelUnit], widths: Mapping[str, int]) -> dic
             a changed width of an unsearchable unit.
     """
     known = {unit.name: unit for unit in units}
+    widths = {known_as(name, known): width for name, width in widths.items()}
     for name, width in widths.items():
         if name not in known:
             raise ConfigError(f"widths: no unit is called {name!r}; units are {list(known)}")

@@ -291,7 +291,11 @@ def _fitted(
         scale=1.0,
         offset=0.0,
     )
-    sums = table.function().of_many(torch.tensor([each.widths for each in checks])).tolist()
+    sums = (
+        table.function()
+        .of_many(torch.tensor([each.widths for each in checks], device="cpu"))
+        .tolist()
+    )
     times = [bench.timings[each.signature].median for each in checks]
     scale, offset = _fit(sums, times, _least(table))
     fits = [
@@ -322,8 +326,11 @@ def _fit(sums: Sequence[float], measured: Sequence[float], least: float) -> tupl
 
 def _least(table: LatencyTable) -> float:
     """A bound below all sums of the terms."""
-    return sum(float(torch.tensor(term.ms, dtype=torch.float64).min()) for term in table.terms)
+    return sum(
+        float(torch.tensor(term.ms, dtype=torch.float64, device="cpu").min())
+        for term in table.terms
+    )
 
 
 def _nested(values: Sequence[float], shape: Sequence[int]) -> Any:
-    return torch.tensor(values, dtype=torch.float64).reshape(tuple(shape)).tolist()
+    return torch.tensor(values, dtype=torch.float64, device="cpu").reshape(tuple(shape)).tolist()

@@ -222,7 +222,7 @@ def fitting(targets: Targets, unit: ChannelUnit, number: int, widths: Tensor) ->
         widths: int64 [U], what the others have; those to be decided later, the least they may.
     """
     candidates = widths.repeat(len(unit.choices), 1)
-    candidates[:, number] = torch.tensor(unit.choices)
+    candidates[:, number] = torch.tensor(unit.choices, device="cpu")
     fits = targets.met(candidates).tolist()
     return [width for width, fit in zip(unit.choices, fits, strict=True) if fit]
 
@@ -237,9 +237,9 @@ def least_widths(graph: ChannelGraph, targets: Targets, least: float) -> Tensor:
         next(width for width in unit.choices if width >= least * unit.channels)
         for unit in graph.units
     ]
-    if targets.met(torch.tensor([widths])):
-        return torch.tensor(widths)
-    return torch.tensor([unit.choices[0] for unit in graph.units])
+    if targets.met(torch.tensor([widths], device="cpu")):
+        return torch.tensor(widths, device="cpu")
+    return torch.tensor([unit.choices[0] for unit in graph.units], device="cpu")
 
 
 class Episodes:
@@ -385,12 +385,12 @@ class Agent:
             noise: standard deviation of the noise on the action; None for a random action.
         """
         if noise is None:
-            return float(torch.rand((), generator=self.generator))
+            return float(torch.rand((), generator=self.generator, device="cpu"))
         return truncated_normal(float(self.actor(state)), noise, self.generator)
 
     def learn(self, transitions: Tensor) -> None:
         """One update on a batch drawn from the transitions."""
-        drawn = torch.randperm(len(transitions), generator=self.generator)[:_BATCH]
+        drawn = torch.randperm(len(transitions), generator=self.generator, device="cpu")[:_BATCH]
         state, action, reward, following, last = transitions[drawn].split(_TRANSITION, dim=1)
         mean = float(reward.mean())
         if self.baseline is None:
@@ -444,9 +444,9 @@ def truncated_normal(mean: float, deviation: float, generator: torch.Generator) 
         deviation: positive.
         generator: on the CPU.
     """
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
     low, high = torch.special.ndtr((ends - mean) / deviation)
-    drawn = torch.rand((), generator=generator, dtype=torch.float64)
+    drawn = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
     # At 0 and 1 the inverse is infinite.
     quantile = torch.special.ndtri((low + (high - low) * drawn).clamp(1e-12, 1 - 1e-12))
     return float((mean + deviation * quantile).clamp(0, 1))
@@ -528,5 +528,5 @@ def _samples(
         return features.flatten(0, -2)
     down, right = module.stride
     maps = features[:, :, ::down, ::right].flatten(2)
-    drawn = torch.randint(maps.shape[2], (positions,), generator=generator)
+    drawn = torch.randint(maps.shape[2], (positions,), generator=generator, device="cpu")
     return maps[:, :, drawn.to(maps.device)].transpose(1, 2).flatten(0, 1)

@@ -135,7 +135,7 @@ class Slimming:
 
     def _note_budgets(self) -> None:
         widths = self._widths(self.place)
-        row = torch.tensor([list(widths.values())])
+        row = torch.tensor([list(widths.values())], device="cpu")
         for label, targets in self.lab.targets.items():
             if label not in self.found and targets.met(row):
                 self.found[label] = widths

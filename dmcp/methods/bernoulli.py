@@ -88,13 +88,15 @@ def random_subsets(
     gates as they are now; see `random_subnets`. In a uniform one all widths of a unit are equally
     likely, as among prefixes, and so are all subsets of as many groups."""
     gates = HostCopy(net.transitions())
-    groups = torch.tensor([len(unit.choices) - 1 for unit in net.graph.units])
-    uniform = (torch.rand(count, generator=generator) < uniform_share).tolist()
+    groups = torch.tensor([len(unit.choices) - 1 for unit in net.graph.units], device="cpu")
+    uniform = (torch.rand(count, generator=generator, device="cpu") < uniform_share).tolist()
 
     def draw(is_uniform: bool) -> Tensor:
         # A probability that is itself uniform makes the number of groups uniform.
-        shares = torch.rand(len(groups), generator=generator).repeat_interleave(groups)
+        shares = torch.rand(len(groups), generator=generator, device="cpu").repeat_interleave(
+            groups
+        )
         p = shares if is_uniform else gates.wait()
-        return torch.rand(len(p), generator=generator) < p
+        return torch.rand(len(p), generator=generator, device="cpu") < p
 
     return (net.subset(draw(is_uniform)) for is_uniform in uniform)

@@ -98,7 +98,7 @@ def filter_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
     """
     streams = {u.name: u.channels for u in graph.searchable if len(producers(graph, u)) != 1}
     inner = held(graph, streams)
-    narrowest = torch.tensor([[unit.choices[0] for unit in inner.units]])
+    narrowest = torch.tensor([[unit.choices[0] for unit in inner.units]], device="cpu")
     if bool(targets.met(narrowest)):
         graph = inner
     return even_widths(graph, targets)

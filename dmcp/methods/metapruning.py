@@ -317,7 +317,7 @@ class Evolution:
     def fitted(self, structure: Structure) -> Structure | None:
         """The structure, grown if it leaves more of the budget than the tolerance; None if it
         exceeds it."""
-        widths = torch.tensor([structure])
+        widths = torch.tensor([structure], device="cpu")
         if not self._targets.met(widths):
             return None
         if float(self._targets.largest_ratio(widths)) >= 1 - self._options.tolerance:
@@ -331,7 +331,10 @@ class Evolution:
 
     def mutant(self, parent: Structure) -> Structure:
         """Some units take another of their widths."""
-        changes = torch.rand(len(parent), generator=self._generator) < self._options.mutation
+        changes = (
+            torch.rand(len(parent), generator=self._generator, device="cpu")
+            < self._options.mutation
+        )
         return tuple(
             self._other(unit, width) if change else width
             for unit, width, change in zip(self._graph.units, parent, changes.tolist(), strict=True)
@@ -343,7 +346,7 @@ class Evolution:
 
     def child(self, one: Structure, other: Structure) -> Structure:
         """Every width is one parent's or the other's."""
-        firsts = torch.rand(len(one), generator=self._generator) < 0.5
+        firsts = torch.rand(len(one), generator=self._generator, device="cpu") < 0.5
         return tuple(
             a if first else b for a, b, first in zip(one, other, firsts.tolist(), strict=True)
         )
@@ -416,4 +419,4 @@ def _share(axis: AxisMap | None, units: tuple[ChannelUnit, ...]) -> tuple[float,
 
 
 def _pick(options: Sequence[_T], generator: torch.Generator) -> _T:
-    return options[int(torch.randint(len(options), (), generator=generator))]
+    return options[int(torch.randint(len(options), (), generator=generator, device="cpu"))]

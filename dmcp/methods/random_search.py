@@ -91,7 +91,7 @@ def random_structures(
     even = even_worth(graph)
     found: list[dict[str, int]] = []
     for _ in range(10 * count):
-        drawn = torch.rand(len(graph.units), generator=generator)
+        drawn = torch.rand(len(graph.units), generator=generator, device="cpu")
         shares = (least_share + (1 - least_share) * drawn).tolist()
         # Even worth falls with the width: divided by shares, units grow in proportion to them.
         worth = [[value / share for value in row] for row, share in zip(even, shares, strict=True)]

@@ -69,7 +69,7 @@ def uniform_widths(graph: ChannelGraph, targets: Targets) -> dict[str, int]:
         return widths
 
     def fits(widths: list[int]) -> bool:
-        return bool(targets.met(torch.tensor([widths], dtype=torch.int64)))
+        return bool(targets.met(torch.tensor([widths], dtype=torch.int64, device="cpu")))
 
     if not fits(grown(0)):
         raise BudgetError("the narrowest structure exceeds the budget already")

@@ -52,6 +52,9 @@ class Handover:
     def __init__(self) -> None:
         self._given: weakref.ref[Tensor] | None = None
 
+    def __reduce__(self) -> tuple[type[Handover], tuple[()]]:
+        return Handover, ()  # a copy is of another pass
+
     def give(self, tensor: Tensor | None) -> None:
         """Whoever is called next gets this; None: nothing."""
         self._given = None if tensor is None else weakref.ref(tensor)

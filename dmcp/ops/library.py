@@ -94,5 +94,6 @@ def _is_plain(x: Tensor) -> bool:
         type(x) is Tensor
         and x.is_cpu
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
     )

@@ -108,9 +108,18 @@ def _image(like: Tensor, shape: Sequence[int]) -> Tensor:
 def _windows(
     shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> tuple[int, int]:
-    """How many windows there are below and beside each other."""
+    """How many windows there are below and beside each other.
+
+    Raises:
+        ValueError: the image is smaller than one.
+    """
     sizes = zip(shape[2:], kernel, stride, padding, dilation, strict=True)
     rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"images of {[*shape[2:]]} with a padding of {[*padding]} are smaller than a kernel of "
+            f"{[*kernel]} with a dilation of {[*dilation]}"
+        )
     return rows, columns
 
 

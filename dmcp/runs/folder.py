@@ -24,6 +24,10 @@ class RunFolder:
         file it holds the name, and nothing runs that file because the name is there.
     ``metrics.jsonl``, ``chains.jsonl``, ``tensorboard/``
         what was measured on the way; the retain probabilities of a search, up to 200 times.
+    ``latency.json``
+        the table that a budget of latency goes by, see `dmcp.cost.LatencyTable`.
+    ``search.json``
+        its retain probabilities at the end and the expected costs with their deviations.
     ``ledger.json``
         what the phases have cost, on what, and how to repeat the run, see `dmcp.runs.ledger`.
     ``checkpoint/<phase>.pt``
@@ -54,23 +58,23 @@ class RunFolder:
             config: plain JSON data.
             needed: JSON files without which the run could not be taken up, by name; they are there
                 before ``config.json`` is.
-            write: create what is missing (the main process does).
+            write: write the files that are missing or differ (the main process does).
 
         Raises:
             CheckpointError: the folder holds something else, or a run of another configuration.
             MissingDependencyError: safetensors, which the run will need, is not installed.
         """
         require("safetensors.torch", "cli", "saving weights")
-        missing = {n: data for n, data in (needed or {}).items() if not self._holds(n, data)}
+        stale = {n: data for n, data in (needed or {}).items() if not self._holds(n, data)}
         wanted = _plain({"format": FORMAT, **config})
-        is_new = self._is_new((needed or {}).keys() - missing.keys())
+        is_new = self._holds_only((needed or {}).keys() - stale.keys())
         if not is_new and (held := self.config()) != wanted:
             raise CheckpointError(
                 f"{self.path} holds a run of another configuration: {_difference(held, wanted)}"
             )
         if not write:
             return
-        for name, data in missing.items():
+        for name, data in stale.items():
             self.write_json(name, data)
         if is_new:
             self.write_json("config.json", wanted)
@@ -139,13 +143,17 @@ class RunFolder:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} does not fit the network: {reason}") from None
 
-    def _is_new(self, first: Set[str]) -> bool:
-        """Whether there is nothing yet but files that are written before ``config.json``."""
+    def _holds_only(self, written: Set[str]) -> bool:
+        """Whether there is nothing but these files, which are written before ``config.json``.
+
+        Raises:
+            CheckpointError: there are others, but no ``config.json``.
+        """
         if self.path.is_file():
             raise CheckpointError(f"{self.path} is a file, not a run folder")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         # Hidden files do not count: a kill may have left a part of the very first file.
-        if all(name[0] == "." for name in names - first):
+        if all(name[0] == "." for name in names - written):
             return True
         if not (self.path / "config.json").exists():
             raise CheckpointError(f"{self.path} is not empty and not a run folder")

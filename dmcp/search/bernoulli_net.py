@@ -53,7 +53,7 @@ class BernoulliChain(MarkovChain):
     def channels_of(self, groups: Tensor) -> Tensor:
         """The channels of the base and of some groups: bool [G] -> int64, ascending; on the CPU."""
         kept = torch.cat([groups.new_ones(1), groups])
-        sizes = torch.tensor([0, *self.choices]).diff()
+        sizes = torch.tensor([0, *self.choices], device="cpu").diff()
         return kept.repeat_interleave(sizes).nonzero().flatten()
 
 
@@ -77,17 +77,19 @@ class BernoulliNet(MarkovNet):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         units = self.graph.units
-        sizes = [torch.tensor(unit.choices).diff()[None] for unit in units]
+        sizes = [torch.tensor(unit.choices, device="cpu").diff()[None] for unit in units]
         first, group_of = 0, []
         for unit in units:
-            channels = torch.arange(unit.channels)
-            choice = torch.searchsorted(torch.tensor(unit.choices), channels, right=True)
+            channels = torch.arange(unit.channels, device="cpu")
+            choice = torch.searchsorted(
+                torch.tensor(unit.choices, device="cpu"), channels, right=True
+            )
             group_of.append(torch.where(choice == 0, 0, first + choice))
             first += len(unit.choices) - 1
         device = self.architecture_parameters()[0].device
         buffers = {
             "_group_sizes": torch.block_diag(*sizes),
-            "_bases": torch.tensor([unit.choices[0] for unit in units]),
+            "_bases": torch.tensor([unit.choices[0] for unit in units], device="cpu"),
             "_group_of": torch.cat(group_of),
         }
         for name, buffer in buffers.items():

@@ -60,8 +60,8 @@ def fill(
         return grown[fits.index(True)] if True in fits else None
 
     may_fall = any(METRICS[cost.metric].measured for cost in targets.costs)
-    leaps = range(2, max(map(len, choices))) if may_fall else range(0)
-    while found := best(range(1, 2)) or best(leaps):
+    one_group, several = range(1, 2), range(2, max(map(len, choices)) if may_fall else 0)
+    while found := best(one_group) or best(several):
         u, place[u] = found
         widths[u] = choices[u][place[u]]
     return {unit.name: int(width) for unit, width in zip(graph.units, widths, strict=True)}
@@ -87,6 +87,8 @@ def grow(
         unit, grid = graph.units[u], graph.units[u].choices[: places[u]]
         held = [*graph.units[:u], replace(unit, choices=grid), *graph.units[u + 1 :]]
         less = {**widths, unit.name: grid[-1]}
+        if not targets.met(_row(less)):
+            continue  # its last leap was over a width that takes longer
         others = fill(replace(graph, units=tuple(held)), targets, worth, less)
         exchanged.append(fill(graph, targets, worth, others))
         if _used(targets, exchanged[-1]) >= CLOSE:
@@ -96,4 +98,9 @@ def grow(
 
 def _used(targets: Targets, widths: Mapping[str, int]) -> float:
     """The share of the tightest bound that a structure uses."""
-    return float(targets.largest_ratio(torch.tensor([list(widths.values())], device="cpu")))
+    return float(targets.largest_ratio(_row(widths)))
+
+
+def _row(widths: Mapping[str, int]) -> torch.Tensor:
+    """A structure as costs take it: int64 [1, U]."""
+    return torch.tensor([list(widths.values())], device="cpu")

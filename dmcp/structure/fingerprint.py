@@ -22,7 +22,8 @@ def graph_hash(graph: ChannelGraph) -> str:
     weights, devices, dtypes or Python objects, on the widths that a search may choose from, on
     where the model's code lies, on ``torch.compile`` around the model or parts of it, or on the
     order in which modules are registered; but a parameter that several modules share is known by
-    the name that is registered first.
+    the name that is registered first, and a network that is one bare layer, which has no name, is
+    another one once it is compiled.
 
     Any other wrapper whose module is called otherwise gives another hash: trace the model itself.
     """

@@ -103,13 +103,15 @@ def _expected_share(choices: Sequence[int], q: Sequence[float]) -> float:
 
 def _bars(shares: Sequence[float]) -> Tensor:
     """A picture of a bar per unit, filled up to its share: uint8 [3, height, width]."""
-    height = torch.arange(_HEIGHT, 0, -1)[:, None] - 0.5
-    filled = height < torch.tensor(shares) * _HEIGHT
+    height = torch.arange(_HEIGHT, 0, -1, device="cpu")[:, None] - 0.5
+    filled = height < torch.tensor(shares, device="cpu") * _HEIGHT
     bars = torch.where(
         filled[..., None],
-        torch.tensor(_KEPT, dtype=torch.uint8),
-        torch.tensor(_DROPPED, dtype=torch.uint8),
+        torch.tensor(_KEPT, dtype=torch.uint8, device="cpu"),
+        torch.tensor(_DROPPED, dtype=torch.uint8, device="cpu"),
     )
-    picture = torch.full((3, _HEIGHT, len(shares), _BAR + _GAP), 255, dtype=torch.uint8)
+    picture = torch.full(
+        (3, _HEIGHT, len(shares), _BAR + _GAP), 255, dtype=torch.uint8, device="cpu"
+    )
     picture[..., :_BAR] = bars.permute(2, 0, 1)[..., None]
     return picture.flatten(2)

@@ -120,7 +120,7 @@ def start(launch, tmp_path):
 
 
 def test_a_comparison_that_was_killed_continues_with_the_same_numbers(
-    config, place, start, tmp_path
+    config, place, start, wait_until, tmp_path
 ):
     recipe = replace(config.recipe, retrain_epochs=6)
     config = replace(config, methods=("uniform",), recipe=recipe)
@@ -128,8 +128,7 @@ def test_a_comparison_that_was_killed_continues_with_the_same_numbers(
     killed = Place(tmp_path / "killed", "cpu", threads=1, checkpoint_every=2)
     process = start(config, killed, 1)
     checkpoint = killed.folder / "trainings"
-    while process.is_alive() and not list(checkpoint.glob("A-*/checkpoint/train.pt")):
-        time.sleep(0.05)
+    wait_until(process, lambda: list(checkpoint.glob("A-*/checkpoint/train.pt")), poll=0.05)
     process.kill()
     process.join()
     assert list(checkpoint.glob("A-*/checkpoint/train.pt")), "it was over before it was killed"
@@ -139,12 +138,11 @@ def test_a_comparison_that_was_killed_continues_with_the_same_numbers(
     assert not list(checkpoint.glob("*/checkpoint"))
 
 
-def test_processes_end_with_the_one_that_began_them(config, place, start):
+def test_processes_end_with_the_one_that_began_them(config, place, start, wait_until):
     recipe = replace(config.recipe, retrain_epochs=1000)
     process = start(replace(config, recipe=recipe), replace(place, checkpoint_every=2), 2)
     pretrained = place.folder / "shared" / "0" / "pretrained.pt"
-    while process.is_alive() and not pretrained.exists():
-        time.sleep(0.05)
+    wait_until(process, pretrained.exists, poll=0.05)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.join()

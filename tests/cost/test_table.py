@@ -187,6 +187,17 @@ def test_a_table_survives_its_file(traced, made_up_table, tmp_path):
     assert replace(table, offset=0.6).digest != table.digest
 
 
+NO_SHAPES = (5, "2x3x4x4", [], [2, "3"], [2, True], [2.0, 3], {"2": 3}, 0)
+
+
+@pytest.mark.parametrize("shape", NO_SHAPES)
+def test_an_input_that_is_no_shape_is_named(traced, made_up_table, shape):
+    data = {**made_up_table(traced("Residual").graph).to_json(), "setting": {"input": shape}}
+    message = f"setting['input'] must be the shape of a batch, got {shape!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LatencyTable.from_json(data)
+
+
 def test_what_is_no_table_is_refused(traced, made_up_table, tmp_path):
     graph = traced("Residual").graph
     with pytest.raises(ConfigError, match=r"no '.*none.json': measure one with `dmcp bench latenc"):
@@ -198,6 +209,7 @@ def test_what_is_no_table_is_refused(traced, made_up_table, tmp_path):
         "[]",
         json.dumps({**data, "format": 2}),
         json.dumps({**data, "setting": 3}),
+        *(json.dumps({**data, "setting": {"input": shape}}) for shape in NO_SHAPES),
         json.dumps({**data, "terms": [{**data["terms"][1], "ms": [1.0]}]}),
         json.dumps({**data, "axes": data["axes"][:1]}),
         json.dumps({**data, "axes": [], "terms": []}),
@@ -236,6 +248,15 @@ def test_the_table_of_another_network_is_refused(traced, made_up_table):
     assert dmcp.cost(graph, "latency", served).of({}) == dmcp.cost(graph, "latency", table).of({})
     with pytest.raises(ConfigError, match=r"metric must be one of .*'latency'.*, got 'ms'"):
         dmcp.cost(graph, "ms")
+
+
+@pytest.mark.parametrize("measured", ["plain", "compiled"])
+def test_a_compiled_model_is_the_same_network(traced, made_up_table, measured):
+    case = traced("Residual")
+    compiled = dmcp.trace(torch.compile(case.model, backend="eager"), case.inputs)
+    graphs = [case.graph, compiled]
+    table = made_up_table(graphs.pop(measured == "compiled"))
+    assert cost_of(*graphs, table).of({}) == cost_of(case.graph, table).of({})
 
 
 def test_a_unit_may_become_unsearchable(traced, made_up_table):

@@ -22,6 +22,14 @@ def test_sides_are_disjoint_and_cover(fraction: float) -> None:
     assert LABELS[rest].bincount(minlength=3).min() >= 1
 
 
+@pytest.mark.parametrize("fraction", [0, 0.2])
+def test_the_default_device_of_new_tensors_does_not_matter(fraction: float) -> None:
+    sides = stratified_split(LABELS, fraction, 0, CLASSES)
+    with torch.device("meta"):
+        others = stratified_split(LABELS, fraction, 0, CLASSES)
+    assert all(torch.equal(a, b) for a, b in zip(sides, others, strict=True))
+
+
 def test_the_seed_decides() -> None:
     taken = stratified_split(LABELS, 0.2, 3, CLASSES)[1]
     assert torch.equal(taken, stratified_split(LABELS, 0.2, 3, CLASSES)[1])

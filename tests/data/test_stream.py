@@ -12,6 +12,7 @@ import torch
 
 from dmcp.data import Batch, ImageFormat, eval_batches, open_data, train_stream
 from dmcp.data.images import MemoryImages
+from dmcp.data.stream import _global_batches
 from dmcp.errors import ConfigError, DataError
 
 
@@ -35,6 +36,12 @@ def test_an_epoch_shows_every_image_once() -> None:
     for labels in epochs:
         assert torch.equal(labels.sort().values, torch.arange(40))
     assert not torch.equal(*epochs)
+
+
+def test_the_default_device_of_new_tensors_does_not_matter() -> None:
+    batches = torch.stack([*_global_batches(40, 8, 0, 0, 6)])
+    with torch.device("meta"):
+        assert torch.equal(torch.stack([*_global_batches(40, 8, 0, 0, 6)]), batches)
 
 
 def test_images_belong_to_their_labels_and_are_normalised() -> None:

@@ -286,6 +286,26 @@ def test_what_has_no_channels_to_drop_is_refused(double, kind, named):
     hand_over(graph, {}, optimizers=optimizer)
 
 
+class Gram(torch.optim.SGD):
+    """Remembers the second moments of every vector, a matrix that is larger than it."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.ndim == 1):
+                self.state[parameter]["gram"] = parameter.grad.outer(parameter.grad)
+
+
+def test_a_matrix_of_a_vector_that_stays_whole_goes_on(double):
+    graph = double()
+    held = dict(graph.model.named_parameters())
+    optimizer = Gram([held["first.0.weight"], held["head.2.bias"]], lr=0.1)
+    train(graph.model, optimizer, (0, 1))
+    gram = optimizer.state[held["head.2.bias"]]["gram"]
+    small = hand_over(graph, {"first.0": 3}, optimizers=optimizer)
+    assert optimizer.state[small.get_parameter("head.2.bias")]["gram"] is gram
+
+
 @pytest.mark.parametrize("first", ["the model's", "another"])
 def test_what_is_remembered_of_all_parameters_at_once_is_refused(double, first):
     """Also where the parameter that it is remembered at stays whole."""

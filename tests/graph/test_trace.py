@@ -470,6 +470,20 @@ def test_inputs_without_a_tensor_are_refused():
 # Options
 
 
+def test_units_of_a_compiled_model_may_be_named_by_its_modules():
+    layers = [nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)]
+    compiled = torch.compile(nn.Sequential(*layers), backend="eager")
+    graph = dmcp.trace(compiled, IMAGES, tied=[["_orig_mod.0", "2"]])
+    assert [unit.name for unit in graph.searchable] == ["0"]
+    assert dmcp.cost(graph).of({"_orig_mod.0": 3}) == dmcp.cost(graph).of({"0": 3})
+    by_width = dmcp.extract(graph, {"_orig_mod.0": 2})
+    by_index = dmcp.extract(graph, kept={"_orig_mod.0": [0, 1]})
+    for one, two in zip(by_width.parameters(), by_index.parameters(), strict=True):
+        assert one.shape == two.shape
+    with pytest.raises(ConfigError, match=r"no unit is called '_orig_mod\.1'"):
+        dmcp.extract(graph, {"_orig_mod.1": 2})
+
+
 def test_excluded_units_stay_whole(example):
     case = example("Residual")
     found = named(dmcp.trace(case.model, case.inputs, exclude=["sec*", "down.0"]))

@@ -53,6 +53,17 @@ def test_latency_is_the_sum_of_what_was_measured(traced, counting, tmp_path, ran
     assert table.terms[0].high == (2 * torch.tensor(table.terms[0].ms)).tolist()
 
 
+def test_the_default_device_of_new_tensors_does_not_matter(traced, counting, tmp_path):
+    case = traced("WithoutNorm")
+    tables = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            tables.append(
+                measure_latency(case.graph, case.inputs[0], counting, points=2, cache=tmp_path)
+            )
+    assert tables[0] == tables[1]
+
+
 def test_a_unit_at_both_ends_is_measured_on_the_diagonal(traced, counting, tmp_path):
     case = traced("BothEnds")
     table = measure_latency(case.graph, case.inputs[0], counting, points=8, cache=tmp_path)

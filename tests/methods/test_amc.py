@@ -252,6 +252,24 @@ def test_noise_is_a_normal_restricted_to_shares():
     assert truncated_normal(1.0, 1e-9, generator) == pytest.approx(1.0)
 
 
+def test_the_default_device_of_new_tensors_does_not_matter():
+    lab = make_lab(Pointwise())
+    targets = lab.targets["40%"]
+
+    def drawn():
+        generator = torch.Generator().manual_seed(0)
+        least = least_widths(lab.graph, targets, 0.3)
+        return (
+            truncated_normal(0.2, 0.5, generator),
+            Agent(generator).act(least, None),
+            fitting(targets, lab.graph.units[0], 0, least),
+        )
+
+    found = drawn()
+    with torch.device("meta"):
+        assert drawn() == found
+
+
 def test_the_agent_learns_what_is_rewarded():
     generator = torch.Generator().manual_seed(0)
     agent = Agent(generator)

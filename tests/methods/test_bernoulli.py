@@ -53,6 +53,13 @@ def test_other_subsets_follow_the_gates(net):
         assert found[kept] == pytest.approx(12_000 * chance, abs=5 * (12_000 * chance) ** 0.5)
 
 
+@pytest.mark.parametrize("share", [1.0, 1e-9])
+def test_the_default_device_of_new_tensors_does_not_matter(net, share):
+    found = draws(net, share, 20)
+    with torch.device("meta"):
+        assert draws(net, share, 20) == found
+
+
 @pytest.mark.parametrize("method", BOTH)
 def test_the_likeliest_groups_are_kept_inside_every_budget(make_lab, assert_fills, method):
     lab = make_lab()

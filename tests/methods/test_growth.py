@@ -79,6 +79,15 @@ def test_a_latency_that_falls_with_a_width_stops_nothing(graph):
     assert fill(graph, targets, [[1, 9, 9], [5, 5, 5], []]) == widths(graph, 3, 3)
 
 
+def test_what_does_not_fit_without_its_last_group_keeps_it(graph):
+    # (3, 1) takes 3 of 3.5 ms, (2, 1), which was leapt over, 6.
+    targets = by_table(graph, [1, 5, 2, 3], [1, 4, 4, 4], 3.5)
+    assert grow(graph, targets, even_worth(graph)) == widths(graph, 3, 1)
+    # The other unit still gives up its last group: (3, 2) takes 4 of 4.5 ms, (4, 1) all of them.
+    targets = by_table(graph, [1, 5, 2, 3.5], [1, 2, 9, 9], 4.5)
+    assert grow(graph, targets, [[1, 1, 1], [9, 1, 1], []]) == widths(graph, 4, 1)
+
+
 def test_the_first_unit_wins_a_tie(graph):
     # (1, 2) costs 10, and then nothing else fits
     assert grow(graph, targets(graph, 13), [[1, 1, 1], [1, 1, 1], []]) == widths(graph, 3, 1)

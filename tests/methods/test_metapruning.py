@@ -178,6 +178,17 @@ def test_mutants_and_children_by_hand():
     assert still.mutant(parent) == parent
 
 
+def test_the_default_device_of_new_tensors_does_not_matter():
+    def structures():
+        evolution, parent = make_evolution(), (4, 2, 2, 10)
+        fitted = evolution.fitted(parent)
+        return fitted, evolution.mutant(parent), evolution.child(parent, fitted), evolution.random()
+
+    found = structures()
+    with torch.device("meta"):
+        assert structures() == found
+
+
 def test_what_exceeds_the_budget_is_rejected_and_what_is_too_cheap_grows():
     evolution = make_evolution()
     assert evolution.fitted((8, 2, 2, 10)) is None  # 5908 of 5152

@@ -35,6 +35,12 @@ def test_structures_depend_on_the_seed_alone(graph):
     assert structures(graph, seed=1)[0] != first
 
 
+def test_the_default_device_of_new_tensors_does_not_matter(graph):
+    first, _ = structures(graph, count=3)
+    with torch.device("meta"):
+        assert structures(graph, count=3)[0] == first
+
+
 def test_shares_are_in_the_ratio_drawn(traced):
     graph = traced("resnet18").graph  # with every width, so that no grid blurs them
     drawn = torch.rand(len(graph.units), generator=torch.Generator().manual_seed(0))

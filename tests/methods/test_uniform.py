@@ -30,6 +30,13 @@ def test_meets_the_budget_with_one_share(graph, metric, share):
     assert lowest < highest
 
 
+def test_the_default_device_of_new_tensors_does_not_matter(graph):
+    targets = Budget(macs="40%").of(graph)
+    widths = uniform_widths(graph, targets)
+    with torch.device("meta"):
+        assert uniform_widths(graph, targets) == widths
+
+
 def test_ends_of_the_range(graph):
     assert uniform_widths(graph, Budget(macs="100%").of(graph)) == graph.widths()
     macs = dmcp.cost(graph, "macs")

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,3 +135,11 @@ def test_a_batch_of_one_value_per_channel_is_refused_as_pytorch_does():
     _, markov = pair()
     with pytest.raises(ValueError, match="values per channel"):
         markov(torch.zeros(1, 24, 1, 1))
+
+
+def test_what_was_handed_over_is_not_pickled():
+    """A pass that ended with an exception leaves it behind."""
+    norm = MarkovBatchNorm2d(4)
+    norm.handed.give(torch.zeros(1))
+    assert pickle.loads(pickle.dumps(norm)).handed.take() is None
+    assert copy.deepcopy(norm).handed.take() is None

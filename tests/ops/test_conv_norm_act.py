@@ -224,6 +224,76 @@ def test_it_compiles_without_a_graph_break():
     assert_close(results[1], [tensor.double() for tensor in results[0]], 1e-6)
 
 
+@pytest.mark.parametrize("name", ["pointwise", "dense 3", "depthwise 3", "dense 3 / 2 narrowed"])
+def test_saved_tensors_may_come_back_in_another_layout(name):
+    """As from `save_on_cpu` with pinned memory."""
+    conv = CONVOLUTIONS[name]
+    layer = Layer(conv)
+
+    def unpack(tensor):
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        found = computed(conv, layer, "relu6", "after", torch.float32)
+    assert_close(found, expected(conv, layer, "relu6", "after"), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["depthwise 3", "dense 3", "pointwise"])
+def test_a_gradient_may_lie_as_it_likes(name, dtype, nodes):
+    conv = CONVOLUTIONS[name]
+    if (name, nodes) == ("pointwise", "Python"):
+        pytest.skip("the op refuses it")
+    found = []
+    for layout in (torch.zeros_like, lambda weight: torch.zeros_like(weight.mT.contiguous()).mT):
+        leaves = Layer(conv).to(dtype)
+        weight = leaves["weight"].detach().requires_grad_()
+        swapped = layout(weight.transpose(0, 1)).transpose(0, 1)
+        weight.grad = swapped
+        y = conv_norm_act(
+            *(leaves["x"], weight, Norm(), conv, Options(0.1, 1e-5, "relu", False)),
+            widths=tuple(weight.shape[:2]),
+        )
+        y.square().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
+
+
+def test_an_image_smaller_than_a_window_is_refused():
+    module = MarkovConv2d(8, 6, 3, stride=2, bias=False, chain=None, norm=nn.BatchNorm2d(6))
+    x = torch.randn(4, 8, 2, 2).to(memory_format=torch.channels_last)
+    with pytest.raises((ValueError, RuntimeError), match="kernel"):
+        module(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_it_can_be_traced():
+    """By the tracer of TensorBoard's graphs."""
+    module = MarkovConv2d(8, 6, 1, bias=False, chain=None, norm=nn.BatchNorm2d(6), act=nn.ReLU())
+    x = torch.randn(4, 8, 3, 3).to(memory_format=torch.channels_last)
+    traced = torch.jit.trace(module, x, check_trace=False)
+    torch.testing.assert_close(traced(x), module(x))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        Norm(weight=torch.ones(3)),
+        Norm(scale=torch.ones(3)),
+        Norm(running_mean=torch.ones(3), running_var=torch.ones(3)),
+        Norm(running_mean=torch.ones(OUTPUTS)),
+        Norm(bias=torch.ones(OUTPUTS, dtype=torch.float64)),
+    ],
+    ids=["weight", "scale", "statistics", "one statistic", "dtype"],
+)
+def test_the_node_takes_no_vectors_that_do_not_fit(norm):
+    layer = Layer(POINTWISE).to(torch.float32)
+    arguments = (*norm, *POINTWISE, *Options(0.1, 1e-5, "relu", False).numbers, None)
+    if native_nodes():
+        node = torch.ops.dmcp.conv_norm_act_node.default
+        assert node(layer["x"], layer["weight"], *arguments) is None
+
+
 def test_a_module_of_the_paper_is_one_operation(nodes):
     """conv, norm, activation and mask make one node of the autograd graph."""
     layer = MarkovConv2d(4, 8, 1, bias=False, norm=nn.BatchNorm2d(8), act=nn.ReLU6())

@@ -45,6 +45,21 @@ def test_it_is_pytorch(widths, bias, dtype):
         assert (one - other).norm() <= TOLERANCE[dtype] * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_may_lie_as_it_likes(dtype):
+    found = []
+    for dense in (True, False):
+        module = layer(torch.float32)
+        if not dense:
+            module.weight.grad = module.weight.grad.t().contiguous().t()
+        torch.manual_seed(1)
+        x = torch.randn(ROWS, INPUTS).to(dtype)
+        y = accumulating_linear(x, module.weight, module.bias, (OUTPUTS, INPUTS))
+        y.square().sum().backward()
+        found.append(module.weight.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_frozen_parameters_get_no_gradient():
     module = layer(torch.float32).requires_grad_(False)
     before = [parameter.grad.clone() for parameter in module.parameters()]

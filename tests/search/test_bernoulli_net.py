@@ -31,6 +31,14 @@ def random_subset(net, seed=0):
     return net.subset(torch.rand(groups, generator=torch.Generator().manual_seed(seed)) < 0.5)
 
 
+def test_the_default_device_of_new_tensors_does_not_matter(make):
+    net = make("Residual")
+    with torch.device("meta"):
+        other = make("Residual")
+    for name, buffer in net.named_buffers():
+        assert torch.equal(other.get_buffer(name), buffer), name
+
+
 def test_a_group_is_retained_whatever_the_others_do():
     chain = BernoulliChain(10, choices=(2, 4, 10)).double()
     p = torch.tensor([0.3, 0.9], dtype=torch.float64)

@@ -94,6 +94,11 @@ def test_a_compiled_model_is_the_same_network(place: str) -> None:
     assert [unit.name for unit in graph.units] == ["a", "b", "head"]
 
 
+def test_one_bare_layer_has_no_name_to_keep_when_it_is_compiled() -> None:
+    layer = nn.Conv2d(3, 4, 1)
+    assert hash_of(torch.compile(layer, backend="eager")) != hash_of(layer)
+
+
 def test_weights_devices_grids_and_exclusions_do_not_matter(
     graph: ChannelGraph, block: type[nn.Module]
 ) -> None:
