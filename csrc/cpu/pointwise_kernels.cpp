@@ -17,6 +17,35 @@ namespace {
 constexpr int kColumns = kLanes<float>;  // of a panel
 
 using Words = Vector<float>;  // of either kind
+
+// C, in the memory of a tensor; what is there may be added to.
+template <typename T>
+struct Target {
+  T* data;
+  int64_t pitch, columns;
+  bool add = false;
+
+  T* at(int64_t row, int64_t column) const { return data + row * pitch + column; }
+
+  template <typename Lanes>
+  void write(T* to, Words values, Lanes lanes) const {
+    if (add) values += load(to, lanes);
+    store(to, values, lanes);
+  }
+  void put(int64_t row, int64_t column, Words values) const {
+    T* to = at(row, column);
+    if (columns - column >= kColumns)
+      write(to, values, Whole{});
+    else
+      write(to, values, Part{static_cast<int>(columns - column)});
+  }
+};
+
+// Of C, at most kRows rows and kPanels panels.
+struct Block {
+  int64_t row, column, rows, panels;
+};
+
 using cpu::Pointwise;
 
 // --- A block of C: kRows rows, one to kPanels panels
@@ -88,17 +117,46 @@ DMCP_HOST_DEVICE void multiply_tiles(int64_t words, const float* a, const float*
     _tile_stored(3, c + kTile * kPanels * kTile + kTile, kRowBytes);
 }
 
-template <int panels, typename Put>
-DMCP_HOST_DEVICE void multiply(int64_t words, const float* a, const float* b, int64_t pitch,
-                               int64_t rows, const Put& put) {
-  alignas(64) float c[kRows * kPanels * kTile];
-  if (rows > kTile)
-    multiply_tiles<2, panels>(words, a, b, pitch, c);
-  else
-    multiply_tiles<1, panels>(words, a, b, pitch, c);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int p = 0; p < panels; ++p) put(r, p, load(c + (r * kPanels + p) * kTile));
-}
+// Multiplies blocks. What a tile stores comes back late, and so does what a block is added to, so
+// that it is put while the next one is multiplied.
+template <typename T>
+class Multiplier {
+ public:
+  explicit Multiplier(const Target<T>& target) : target_(target) {}
+  ~Multiplier() { put_last(); }
+
+  template <int panels>
+  void multiply(int64_t words, const float* a, const float* b, int64_t pitch, const Block& block) {
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const T* to = target_.at(block.row + r, block.column);
+      __builtin_prefetch(to, 1);
+      if constexpr (panels * kColumns * sizeof(T) > 64) __builtin_prefetch(to + kColumns, 1);
+    }
+    float* c = sums_[turn_];
+    if (block.rows > kTile)
+      multiply_tiles<2, panels>(words, a, b, pitch, c);
+    else
+      multiply_tiles<1, panels>(words, a, b, pitch, c);
+    put_last();
+    last_ = block;
+    turn_ = 1 - turn_;
+  }
+
+ private:
+  void put_last() const {
+    const float* c = sums_[1 - turn_];
+    for (int64_t r = 0; r < last_.rows; ++r)
+      for (int64_t p = 0; p < last_.panels; ++p)
+        target_.put(last_.row + r, last_.column + p * kColumns,
+                    load(c + (r * kPanels + p) * kTile));
+  }
+
+  alignas(64) float sums_[2][kRows * kPanels * kTile];
+  const Tiles tiles_;
+  const Target<T> target_;
+  Block last_ = {};
+  int turn_ = 0;
+};
 
 #else
 
@@ -108,29 +166,36 @@ constexpr int64_t kStep = 1;
 constexpr int kRows = DMCP_VECTOR_BYTES == 64 ? 8 : 4;  // so that sums stay in registers
 constexpr int kPanels = 3;
 
-struct Tiles {};
+template <typename T>
+class Multiplier {
+ public:
+  explicit Multiplier(const Target<T>& target) : target_(target) {}
 
-template <int panels, typename Put>
-DMCP_HOST_DEVICE void multiply(int64_t words, const float* a, const float* b, int64_t pitch,
-                               int64_t rows, const Put& put) {
-  Words sums[kRows][panels] = {};
-  for (int64_t k = 0; k < words; ++k) {
-    Words columns[panels];
+  template <int panels>
+  void multiply(int64_t words, const float* a, const float* b, int64_t pitch, const Block& block) {
+    Words sums[kRows][panels] = {};
+    for (int64_t k = 0; k < words; ++k) {
+      Words columns[panels];
 #pragma GCC unroll 3
-    for (int p = 0; p < panels; ++p) columns[p] = load(b + (p * pitch + k) * kColumns);
+      for (int p = 0; p < panels; ++p) columns[p] = load(b + (p * pitch + k) * kColumns);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+        for (int p = 0; p < panels; ++p) sums[r][p] += a[r * pitch + k] * columns[p];
+      }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      if (r == block.rows) break;
 #pragma GCC unroll 3
-      for (int p = 0; p < panels; ++p) sums[r][p] += a[r * pitch + k] * columns[p];
+      for (int p = 0; p < panels; ++p)
+        target_.put(block.row + r, block.column + p * kColumns, sums[r][p]);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    if (r == rows) break;
-#pragma GCC unroll 3
-    for (int p = 0; p < panels; ++p) put(r, p, sums[r][p]);
-  }
-}
+
+ private:
+  const Target<T> target_;
+};
 
 #endif
 
@@ -191,24 +256,56 @@ void lay_row(const Contraction& contraction, const BFloat16* from, float* to) {
   }
 }
 
-DMCP_HOST_DEVICE UInts halves(const BFloat16* p, Whole) { return widen(read<Halves>(p)); }
-DMCP_HOST_DEVICE UInts halves(const BFloat16* p, Part part) {
-  return widen((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first(part.lanes)), p));
-}
-template <typename Lanes>
-DMCP_HOST_DEVICE UInts halves(const float* p, Lanes lanes) {
-  return widen(narrow_bfloat16(load(p, lanes)));
+// Two vectors, one behind the other.
+DMCP_HOST_DEVICE Words rounded(Words first, Words second) {
+  return (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-// A row of a panel from `rows` rows of values.
-template <typename T, typename Lanes>
-DMCP_HOST_DEVICE Words words_of(const T* from, int64_t from_pitch, Count<1>, Lanes lanes) {
-  (void)from_pitch;
-  return (Words)halves(from, lanes);
+void lay_row(const Contraction& contraction, const float* from, float* to) {
+  for (int64_t k = 0; k < contraction.pitch; k += kColumns) {
+    const int64_t left = contraction.length - k * kDepth;
+    const float* values = from + k * kDepth;
+    if (left >= 2 * kColumns)
+      store(to + k, rounded(load(values), load(values + kColumns)));
+    else if (left > kColumns)
+      store(to + k,
+            rounded(load(values), load(values + kColumns, static_cast<int>(left - kColumns))));
+    else
+      store(to + k, rounded(left > 0 ? load(values, static_cast<int>(left)) : Words{}, Words{}));
+  }
 }
+
+DMCP_HOST_DEVICE Halves halves(const BFloat16* p, Whole) { return read<Halves>(p); }
+DMCP_HOST_DEVICE Halves halves(const BFloat16* p, Part part) {
+  return (Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first(part.lanes)), p);
+}
+
+// Vectors of two rows, one behind the other.
+template <typename Lanes>
+DMCP_HOST_DEVICE Words both(const BFloat16* row, const BFloat16* next, Lanes lanes) {
+  const __m512i half = _mm512_castsi256_si512((__m256i)halves(row, lanes));
+  return (Words)_mm512_inserti64x4(half, (__m256i)halves(next, lanes), 1);
+}
+template <typename Lanes>
+DMCP_HOST_DEVICE Words both(const float* row, const float* next, Lanes lanes) {
+  return rounded(load(row, lanes), load(next, lanes));
+}
+
+// A row of a panel from one or two rows of values.
 template <typename T, typename Lanes>
 DMCP_HOST_DEVICE Words words_of(const T* from, int64_t from_pitch, Count<2>, Lanes lanes) {
-  return (Words)(halves(from, lanes) | halves(from + from_pitch, lanes) << 16);
+  const __m512i in_turns =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Words)_mm512_permutexvar_epi16(in_turns, (__m512i)both(from, from + from_pitch, lanes));
+}
+template <typename Lanes>
+DMCP_HOST_DEVICE Words words_of(const BFloat16* from, int64_t, Count<1>, Lanes lanes) {
+  return (Words)widen(halves(from, lanes));
+}
+template <typename Lanes>
+DMCP_HOST_DEVICE Words words_of(const float* from, int64_t, Count<1>, Lanes lanes) {
+  return (Words)widen(narrow_bfloat16(load(from, lanes)));
 }
 
 #else
@@ -220,13 +317,18 @@ DMCP_HOST_DEVICE Words words_of(const T* from, int64_t, Count<1>, Lanes lanes) {
 
 #endif
 
+// So many rows ahead are fetched: each is somewhere else in memory, where nobody expects it.
+constexpr int64_t kAhead = 16;
+
 template <typename T, typename Lanes>
 DMCP_HOST_DEVICE void lay_panel(const Contraction& contraction, const T* from, int64_t from_pitch,
                                 Lanes lanes, float* to) {
   const int64_t whole = contraction.length / kDepth;
-  for (int64_t k = 0; k < whole; ++k)
-    store(to + k * kColumns,
-          words_of(from + k * kDepth * from_pitch, from_pitch, Count<kDepth>{}, lanes));
+  for (int64_t k = 0; k < whole; ++k) {
+    const T* rows = from + k * kDepth * from_pitch;
+    for (int64_t r = 0; r < kDepth; ++r) __builtin_prefetch(rows + (r + kAhead) * from_pitch);
+    store(to + k * kColumns, words_of(rows, from_pitch, Count<kDepth>{}, lanes));
+  }
   int64_t k = whole;
   if (contraction.length % kDepth) {
     store(to + k * kColumns,
@@ -324,32 +426,26 @@ constexpr int64_t kWordsPerElement = 16;  // multiplications that take as long a
 // What a call shares between its threads, and what each of them needs for itself.
 thread_local Scratch shared, own;
 
-// C from its rows of A and its panels of B. put(row, column, values, Whole or Part)
-template <typename Put>
+// C from its rows of A and its panels of B.
+template <typename T>
 void multiply_panels(const Contraction& contraction, const float* a, int64_t rows, const float* b,
-                     int64_t columns, const Put& put) {
-  [[maybe_unused]] const Tiles tiles;
-  for (int64_t column = 0; column < columns; column += kPanels * kColumns) {
-    const int64_t panels = blocks_of(columns - column, kColumns);
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const auto put_block = [=](int64_t r, int64_t panel, Words values) {
-        const int64_t at = column + panel * kColumns, left = columns - at;
-        if (left >= kColumns)
-          put(row + r, at, values, Whole{});
-        else
-          put(row + r, at, values, Part{static_cast<int>(left)});
+                     const Target<T>& target) {
+  Multiplier<T> multiplier(target);
+  for (int64_t row = 0; row < rows; row += kRows) {
+    for (int64_t column = 0; column < target.columns; column += kPanels * kColumns) {
+      const int64_t panels = smaller(blocks_of(target.columns - column, kColumns), kPanels);
+      const Block block{row, column, smaller(rows - row, kRows), panels};
+      const auto multiply = [&](auto count) {
+        multiplier.template multiply<count.value>(contraction.words, a + row * contraction.pitch,
+                                                  b + column * contraction.pitch, contraction.pitch,
+                                                  block);
       };
-      const auto multiply_block = [=](auto count) {
-        multiply<count.value>(contraction.words, a + row * contraction.pitch,
-                              b + column * contraction.pitch, contraction.pitch,
-                              smaller(rows - row, kRows), put_block);
-      };
-      if (panels >= kPanels)
-        multiply_block(Count<kPanels>{});
+      if (panels == kPanels)
+        multiply(Count<kPanels>{});
       else if (panels == 2)
-        multiply_block(Count<2>{});
+        multiply(Count<2>{});
       else
-        multiply_block(Count<1>{});
+        multiply(Count<1>{});
     }
   }
 }
@@ -370,11 +466,6 @@ void product(int64_t rows, int64_t depth, int64_t columns, Pitched<const T> x, P
     for (int64_t r = 0; r < count; ++r)
       lay_row(contraction, x.data + (row + r) * x.pitch, a + r * contraction.pitch);
   };
-  const auto put_at = [=](int64_t first_row, int64_t first_column) {
-    return [=](int64_t row, int64_t column, Words values, auto lanes) {
-      store(y.data + (first_row + row) * y.pitch + first_column + column, values, lanes);
-    };
-  };
 
   if (blocks >= smaller(tiles, kJobs)) {
     float* b = shared.take<float>(panels * contraction.panel());
@@ -386,7 +477,8 @@ void product(int64_t rows, int64_t depth, int64_t columns, Pitched<const T> x, P
       const int64_t row = block * kBlockRows, count = smaller(rows - row, kBlockRows);
       float* a = own.take<float>(kBlockRows * contraction.pitch);
       lay_rows(row, count, a);
-      multiply_panels(contraction, a, count, b, columns, put_at(row, 0));
+      multiply_panels(contraction, a, count, b,
+                      Target<T>{y.data + row * y.pitch, y.pitch, columns});
     });
     return;
   }
@@ -402,8 +494,8 @@ void product(int64_t rows, int64_t depth, int64_t columns, Pitched<const T> x, P
     for (int64_t panel = first; panel < end; ++panel)
       lay(contraction, panel, memory, b + (panel - first) * contraction.panel());
     const int64_t column = first * kColumns;
-    multiply_panels(contraction, a, rows, b, smaller(columns - column, kPanels * kColumns),
-                    put_at(0, column));
+    const int64_t width = smaller(columns - column, kPanels * kColumns);
+    multiply_panels(contraction, a, rows, b, Target<T>{y.data + column, y.pitch, width});
   });
 }
 
@@ -436,11 +528,6 @@ constexpr int64_t kSlabs = 32;               // at most
 constexpr int64_t kSums = int64_t{1} << 20;  // of all slabs, at most
 constexpr int64_t kFewSlabs = 8;             // fewer than that leave threads without work
 
-template <typename Lanes>
-DMCP_HOST_DEVICE void put_sum(float* to, bool add, Words values, Lanes lanes) {
-  store(to, add ? load(to, lanes) + values : values, lanes);
-}
-
 // Whole slabs as jobs, their sums added up in their order.
 template <typename T>
 void grad_weight_of_slabs(const Pointwise& conv, int64_t slabs, Pitched<const T> grad,
@@ -464,16 +551,15 @@ void grad_weight_of_slabs(const Pointwise& conv, int64_t slabs, Pitched<const T>
       lay_panel(contraction, x.data + row * x.pitch + i, x.pitch, conv.inputs - i,
                 b + i * contraction.pitch);
     float* to = sums + slab * sum_words;
-    multiply_panels(
-        contraction, a, conv.outputs, b, row_words,
-        [=](int64_t o, int64_t i, Words values, auto) { store(to + o * row_words + i, values); });
+    multiply_panels(contraction, a, conv.outputs, b, Target<float>{to, row_words, row_words});
   });
+  const Target<float> target{into.data, into.pitch, conv.inputs, add};
   for_blocks(conv.outputs, slabs * sum_words, Direction::forwards, [=](int64_t o) {
     for_vectors(conv.inputs, [=](int64_t i, auto lanes) {
       Words sum = {};
       for (int64_t slab = 0; slab < slabs; ++slab)
         sum += load(sums + slab * sum_words + o * row_words + i);
-      put_sum(into.data + o * into.pitch + i, add, sum, lanes);
+      target.write(target.at(o, i), sum, lanes);
     });
   });
 }
@@ -497,16 +583,17 @@ void grad_weight_of_blocks(const Pointwise& conv, Pitched<const T> grad, Pitched
     else
       lay_panel(contraction, x.data + i, x.pitch, conv.inputs - i, b + i * contraction.pitch);
   });
-  const int64_t blocks = blocks_of(conv.outputs, kBlockRows);
+  const int64_t blocks = blocks_of(conv.outputs, kBlockRows), tiles = blocks_of(panels, kPanels);
+  const int64_t job_tiles = larger(1, smaller(tiles, blocks * tiles / kJobs));
+  const int64_t job_columns = job_tiles * kPanels * kColumns,
+                row_jobs = blocks_of(tiles, job_tiles);
   const int64_t work = conv.rows * conv.inputs * conv.outputs / kWordsPerElement;
-  for_blocks(blocks * blocks_of(panels, kPanels), work, Direction::forwards, [=](int64_t job) {
-    const int64_t o = job % blocks * kBlockRows, i = job / blocks * kPanels * kColumns;
-    const float* rows = a + o * contraction.pitch;
-    multiply_panels(contraction, rows, smaller(kBlockRows, conv.outputs - o),
-                    b + i * contraction.pitch, smaller(conv.inputs - i, kPanels * kColumns),
-                    [=](int64_t r, int64_t column, Words values, auto lanes) {
-                      put_sum(into.data + (o + r) * into.pitch + i + column, add, values, lanes);
-                    });
+  for_blocks(blocks * row_jobs, work, Direction::forwards, [=](int64_t job) {
+    const int64_t o = job / row_jobs * kBlockRows, i = job % row_jobs * job_columns;
+    const int64_t columns = smaller(conv.inputs - i, job_columns);
+    multiply_panels(contraction, a + o * contraction.pitch, smaller(conv.outputs - o, kBlockRows),
+                    b + i * contraction.pitch,
+                    Target<float>{into.data + o * into.pitch + i, into.pitch, columns, add});
   });
 }
 
