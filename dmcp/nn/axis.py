@@ -111,21 +111,25 @@ def cut(
     return part
 
 
-def may_accumulate(parameter: Tensor | None) -> bool:
-    """Whether a backward can add its gradient to ``.grad``, or need not."""
-    return parameter is None or not parameter.requires_grad or parameter.grad is not None
+def may_accumulate(*parameters: Tensor | None) -> bool:
+    """Whether a backward can add their gradients to ``.grad``, or need not."""
+    for parameter in parameters:
+        if parameter is not None and parameter.requires_grad and parameter.grad is None:
+            return False
+    return True
 
 
 def prefix_lengths(
     tensor: Tensor, keeps: Sequence[slice | Tensor | None]
 ) -> tuple[int, ...] | None:
     """How much of the first dimensions is kept; None if that is not a prefix of each."""
-    if any(isinstance(keep, Tensor) for keep in keeps):
-        return None
-    return tuple(
-        size if keep is None else keep.stop  # type: ignore[union-attr]
-        for size, keep in zip(tensor.shape, keeps, strict=False)
-    )
+    lengths = list(tensor.shape[: len(keeps)])
+    for dim, keep in enumerate(keeps[: len(lengths)]):
+        if isinstance(keep, slice):
+            lengths[dim] = keep.stop
+        elif keep is not None:
+            return None
+    return tuple(lengths)
 
 
 class _Prefix(torch.autograd.Function):

@@ -14,6 +14,7 @@ from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, cut, length, may_accumulate, prefix_lengths, scale_channels
 from dmcp.nn.batchnorm import ACTIVATIONS, MarkovBatchNorm2d
 from dmcp.nn.chain import MarkovChain, PassState
+from dmcp.nn.tensors import as_autocast, held
 from dmcp.ops import ResidualPlace
 from dmcp.ops.conv_norm_act import Norm, conv_norm_act
 from dmcp.ops.convolution import Convolution
@@ -123,12 +124,8 @@ class MarkovConv2d(nn.Conv2d):
         (norm,) = self._norms
         if residual is not None and (norm is None or self.act is not None):
             raise ConfigError("a residual needs a norm, with an activation that it computes")
-        geometry = self._geometry(x, norm) if norm is not None else None
-        if norm is not None and geometry is not None:
-            y = self._with_norm(x, norm, residual, residual_place, geometry)
-            if norm is not self.norm:
-                norm.handed.give(y)
-        else:
+        y = None if norm is None else self._with_norm(x, norm, residual, residual_place)
+        if y is None:
             y = self._convolve(x)
             if self.norm is not None:
                 y = self.norm.normalise(y, residual, residual_place)
@@ -145,61 +142,54 @@ class MarkovConv2d(nn.Conv2d):
         module's output, which nothing else reads."""
         self._norms = (norm,)
 
-    def _geometry(self, x: Tensor, norm: MarkovBatchNorm2d) -> Convolution | None:
-        """What `conv_norm_act` is told; None if it does not compute this pass."""
-        if not accelerated() or not norm.training or norm.is_synchronised:
-            return None
-        if norm is not self.norm and (
-            self._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks
-        ):
-            return None  # somebody looks at what is in between
-        # One channel is channels last in every layout: which one is meant, it does not say.
-        if x.ndim != 4 or x.shape[1] == 1 or not x.numel():
-            return None
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return None
-        dtype, device = self._dtype(x), x.device
-        for tensor in (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-                return None
-        if self.bias is not None or self.padding_mode != "zeros":
-            return None
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return _convolution(self.in_channels, self.out_channels, self.groups, *shape)
-
-    def _dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype that parameters must have for the kernels; None if they take no such x."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            return torch.float32
-        return x.dtype if x.dtype in (torch.float32, torch.float64) else None
-
     def _with_norm(
         self,
         x: Tensor,
         norm: MarkovBatchNorm2d,
         residual: Tensor | None,
         residual_place: ResidualPlace,
-        geometry: Convolution,
-    ) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+    ) -> Tensor | None:
+        """The convolution and a norm by one operator; None where there is none for this pass."""
+        if not accelerated() or not norm.training or norm.is_synchronised:
+            return None
+        leads = norm is not self.norm
+        if leads and (self._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks):
+            return None  # somebody looks at what is in between
+        conv = self._geometry(x)
+        if conv is None:
+            return None
+        x, dtype = as_autocast(x)
+        weight, gain, bias = held(self, "weight"), held(norm, "weight"), held(norm, "bias")
+        statistics = held(norm, "running_mean"), held(norm, "running_var")
+        if not _are(dtype, x.device, weight, gain, bias, *statistics):
+            return None
+        assert weight is not None
         now = norm.now()
-        parameters: tuple[Tensor | None, ...] = (self.weight, norm.weight, norm.bias)
-        keeps, widths = (now.keep, self._inputs(x, now.keep)), None
-        if self.state.accumulates and all(map(may_accumulate, parameters)):
-            widths = prefix_lengths(self.weight, keeps)
+        inputs, widths = self._inputs(x, now.keep), None
+        if self.state.accumulates and may_accumulate(weight, gain, bias):
+            widths = prefix_lengths(weight, (now.keep, inputs))
         if widths is None:
-            parameters = tuple(p if p is None else cut(p, *keeps[: p.ndim]) for p in parameters)
+            weight, gain = cut(weight, now.keep, inputs), cut(gain, now.keep)
+            bias = cut(bias, now.keep)
         check_residual_place(residual_place)
         before = residual is not None and residual_place == "before"
         options = Options(now.momentum, norm.eps, norm.act, before)
-        scale = None if now.scale is None else now.scale.to(self.weight.dtype)
-        weight, gain, bias = parameters
-        assert weight is not None
+        scale = None if now.scale is None else now.scale.to(weight.dtype)
         tensors = Norm(gain, bias, scale, residual, now.mean, now.var)
-        return conv_norm_act(x, weight, tensors, geometry, options, widths)
+        y = conv_norm_act(x, weight, tensors, conv, options, widths)
+        if leads:
+            norm.handed.give(y)
+        return y
+
+    def _geometry(self, x: Tensor) -> Convolution | None:
+        """What `conv_norm_act` is told of the convolution; None if it takes no such one."""
+        if self.bias is not None or self.padding_mode != "zeros" or x.ndim != 4 or not x.numel():
+            return None
+        # One channel is channels last in every layout: which one is meant, it does not say.
+        if x.shape[1] == 1 or not x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return _convolution(self.in_channels, self.out_channels, self.groups, *shape)
 
     def _convolve(self, x: Tensor) -> Tensor:
         axis = self._axes[1]
@@ -235,6 +225,13 @@ class MarkovConv2d(nn.Conv2d):
         elif outputs is not None or channels != self.in_channels:
             raise ConfigError(f"a convolution with groups={self.groups} cannot be narrowed")
         return None
+
+
+def _are(dtype: torch.dtype, device: torch.device, *tensors: Tensor | None) -> bool:
+    """Whether there are kernels for these parameters and statistics."""
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    return all(t is None or (t.dtype == dtype and t.device == device) for t in tensors)
 
 
 @cache

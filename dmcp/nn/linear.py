@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, cut, may_accumulate, prefix_lengths, scale_channels
 from dmcp.nn.chain import MarkovChain, PassState
+from dmcp.nn.tensors import as_autocast
 from dmcp.ops.linear import accumulating_linear
 
 
@@ -83,9 +84,7 @@ class MarkovLinear(nn.Linear):
     ) -> Tensor | None:
         """By one operation, if there is one for it."""
         widths = prefix_lengths(self.weight, (outputs, inputs))
-        if widths is None or not (may_accumulate(self.weight) and may_accumulate(self.bias)):
+        if widths is None or not may_accumulate(self.weight, self.bias):
             return None
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        x, _ = as_autocast(x)
         return accumulating_linear(x, self.weight, self.bias, widths)
