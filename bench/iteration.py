@@ -30,7 +30,9 @@ from dispatch import Calls
 from iteration_rivals import PASSES, RIVALS, Gate, Ours, Rival, forget_gradients
 from machine import describe, keep_freed_memory, make_bfloat16_work
 from rich.table import Table
+from roofline import hold_against, measure_peaks
 from table import print_table, render_iterations
+from timing import synchronise
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -109,17 +111,21 @@ def compare(
         rivals[name] = make(copy.deepcopy(model).to(memory_format=layout), gate.graph, case.stage)
         errors[name] = gate.check(name, rivals[name])
     steps = {name: stepper(case, rival, images, labels, device) for name, rival in rivals.items()}
-    for _, name in product(range(WARM_UP), names):
-        rivals[name].begin(0)
-        steps[name]()
+    for name, rival in rivals.items():
+        for _ in range(WARM_UP + rival.warm_up):
+            rival.begin(0)
+            steps[name]()
     seconds: dict[str, list[float]] = defaultdict(list)
+    beside = []
     for sweep in range(sweeps):
         drawn: Sequence[Mapping[str, int]] = ()
         for name, rival in rivals.items():
             rival.begin(sweep, drawn)
             turn = [timed(steps[name], device) for _ in range(ITERATIONS)]
             seconds[name].append(statistics.median(turn))
-            drawn = rival.drawn if isinstance(rival, Ours) else drawn
+            drawn = rival.drawn if type(rival) is Ours else drawn
+        if details and drawn:
+            beside.append((drawn, measure_peaks(device, case.dtype)))
     result: dict[str, Any] = {**asdict(case), "rivals": {}}
     if details:
         result["plain_peak_bytes"] = peak_memory(plain_pass(case, model, images, labels), device)
@@ -138,8 +144,12 @@ def compare(
             row["kinds"] = kinds(steps[name], device)
             forget_gradients(rival)
             row["peak_bytes"] = peak_memory(steps[name], device)
-            row["passes"] = passes(case, rival, images, labels, device)
+            # A graph has no forward and no backward.
+            graphs = name == "graphs"
+            row["passes"] = {} if graphs else passes(case, rival, images, labels, device)
         result["rivals"][name] = row
+    if beside:
+        hold_against(result, gate.graph, beside)
     return result
 
 
@@ -178,11 +188,6 @@ def timed(step: Step, device: torch.device) -> float:
     step()
     synchronise(device)
     return time.perf_counter() - begin
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def asks(step: Step) -> dict[str, int]:
@@ -314,7 +319,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--stage", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS))
+    parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), help="all by default")
     parser.add_argument("--sweeps", type=int, default=5, help="times that all rivals take turns")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -323,6 +328,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
+    offered = [name for name in RIVALS if name != "graphs" or device.type == "cuda"]
+    if not set(given.rivals or ()) <= set(offered):
+        parser.error("the rival graphs needs --device cuda")
     setup = {"malloc": keep_freed_memory()}
     if device.type == "cpu" and "bfloat16" in given.dtype:
         setup["onednn"] = make_bfloat16_work()
@@ -344,7 +352,7 @@ def main() -> None:
             keep("scaling", row)
         print_table(render_scaling(result["scaling"]))
         return
-    names = [name for name in RIVALS if name in given.rivals]
+    names = [name for name in RIVALS if name in (given.rivals or offered)]
     for values in product(given.model, given.size, given.batch, given.dtype, given.stage):
         keep("cases", compare(Case(*values), names, given.sweeps, device))
     machine = {key: value for key, value in result["machine"].items() if key != "backends"}

@@ -1,6 +1,7 @@
 """Who runs an iteration of a search in `iteration.py`, all with the same mathematics.
 
 * ``ours``: `dmcp.Search.step`;
+* ``graphs``: the same with ``cuda_graphs``, on CUDA alone;
 * ``published``: the way of the paper's released code: NCHW; the mask moves the channels to the
   front and back; the architecture pass computes the gradients of the weights too; expected MACs
   layer by layer and Markov sampling group by group on the host; losses and accuracies are read
@@ -36,6 +37,7 @@ from dmcp.graph import ChannelGraph, ChannelUnit
 from dmcp.graph.units import AxisMap
 from dmcp.search.budget_loss import BudgetLoss
 from dmcp.search.mask_sites import mask_sites
+from dmcp.train.cuda_graphs import WARM_UP
 from dmcp.train.loss import cross_entropy, distillation
 from dmcp.train.optim import set_lr, sgd
 
@@ -70,9 +72,14 @@ def options(stage: int) -> dmcp.SearchOptions:
 
 
 class Rival(Protocol):
-    """One side of the comparison; it trains the model that it is given."""
+    """One side of the comparison; it trains the model that it is given.
+
+    Attributes:
+        warm_up: iterations that it takes, besides those of every rival, to run as it will.
+    """
 
     memory_format: torch.memory_format
+    warm_up: int
     model: nn.Module
     graph: ChannelGraph
 
@@ -92,12 +99,15 @@ class Rival(Protocol):
 
 class Ours:
     memory_format = torch.channels_last
+    warm_up = 0
+    cuda_graphs = False
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, stage: int) -> None:
         self.model = model
         self.net = dmcp.MarkovNet(model, graph=replace(graph, model=model))
         self.graph = self.net.graph
-        self.search = dmcp.Search(self.net, BUDGET, STEPS, options(stage))
+        chosen = replace(options(stage), cuda_graphs=self.cuda_graphs)
+        self.search = dmcp.Search(self.net, BUDGET, STEPS, chosen)
         self._budget_loss = _budget_loss(self.search.options)
         self._table = self.net.cost_table(self.search.targets.costs)
         self.drawn: list[Widths] = []
@@ -131,6 +141,13 @@ class Ours:
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         return self.net.architecture_parameters()
+
+
+class Graphs(Ours):
+    """Draws its own random widths, as ``ours`` does."""
+
+    warm_up = WARM_UP
+    cuda_graphs = True
 
 
 # --- Sliced networks ------------------------------------------------------------------------------
@@ -217,6 +234,7 @@ class Sliced:
     """An iteration over a network whose layers cut their weights; what the rivals share."""
 
     memory_format = torch.channels_last
+    warm_up = 0
     fused = True
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, stage: int) -> None:
@@ -560,6 +578,7 @@ class Chains:
 
 RIVALS: dict[str, Callable[[nn.Module, ChannelGraph, int], Rival]] = {
     "ours": Ours,
+    "graphs": Graphs,
     "published": Published,
     "eager": Eager,
     "compile": Compiled,
@@ -607,7 +626,8 @@ class Gate:
     def check(self, name: str, rival: Rival) -> dict[str, dict[str, float]]:
         """Compare a rival that has these weights and is to be timed, in float32.
 
-        Its mathematics is checked on a float64 twin; that of ``compile`` is that of ``eager``.
+        Its mathematics is checked on a float64 twin; that of ``compile`` is that of ``eager``, that
+        of ``graphs`` that of ``ours``.
 
         Returns:
             By dtype and pass: the error of the loss and the gradients of the weights, in the
@@ -617,7 +637,7 @@ class Gate:
             AssertionError: one of them is above `TOLERANCE`.
         """
         checked = {torch.float32: rival}
-        if name not in ("ours", "compile"):
+        if name not in ("ours", "graphs", "compile"):
             checked[torch.float64] = self._twin(name)
         found: dict[str, dict[str, float]] = {}
         for (dtype, one), part in product(checked.items(), PASSES):

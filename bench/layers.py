@@ -129,8 +129,8 @@ def pointwise_layers(network: str, image_size: int = 224) -> Counter[PointwiseLa
 
 def layers(network: str, image_size: int = 224) -> Counter[Layer]:
     """The layers of a network for images of that size, in the order of execution, with counts."""
-    traced = _traced(network, image_size)
-    return Counter(_layer(traced, node) for node in traced.graph.nodes if _is_norm(traced, node))
+    whole = _network(network, image_size)
+    return Counter(norm_layer(whole, node) for node in whole.graph.nodes if _is_norm(whole, node))
 
 
 def largest(counts: Counter[AnyLayer], number: int) -> Counter[AnyLayer]:
@@ -141,31 +141,48 @@ def largest(counts: Counter[AnyLayer], number: int) -> Counter[AnyLayer]:
 
 def _convolutions(network: str, image_size: int) -> Iterator[tuple[nn.Conv2d, torch.Size]]:
     """With the shape of an image in front of each."""
-    traced = _traced(network, image_size)
-    for node in traced.graph.nodes:
-        conv = _module(traced, node)
+    whole = _network(network, image_size)
+    for node in whole.graph.nodes:
+        conv = module_of(whole, node)
         if isinstance(conv, nn.Conv2d):
             (source,) = node.all_input_nodes
-            yield conv, source.meta["tensor_meta"].shape[1:]
+            yield conv, shape_of(source)
 
 
-def _traced(network: str, image_size: int) -> fx.GraphModule:
+def _network(network: str, image_size: int) -> fx.GraphModule:
     with torch.device("meta"):
-        traced = fx.symbolic_trace(NETWORKS[network]())
-        ShapeProp(traced).propagate(torch.empty(2, 3, image_size, image_size))
-    return traced
+        model = NETWORKS[network]()
+    return trace(model, image_size)
 
 
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+# --- Traced networks ------------------------------------------------------------------------------
+
+
+def trace(model: nn.Module, image_size: int) -> fx.GraphModule:
+    """A network on the meta device, with the shapes of all its tensors for images of that size."""
+    whole = fx.symbolic_trace(model)
+    ShapeProp(whole).propagate(torch.empty(2, 3, image_size, image_size, device="meta"))
+    return whole
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """Of what a node computes for one image."""
+    shape: torch.Size = node.meta["tensor_meta"].shape[1:]
+    return shape
+
+
+def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """That a node calls, if it calls one."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _is_norm(traced: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(_module(traced, node), nn.BatchNorm2d)
+    return isinstance(module_of(traced, node), nn.BatchNorm2d)
 
 
-def _layer(traced: fx.GraphModule, norm: fx.Node) -> Layer:
-    _, channels, height, width = norm.meta["tensor_meta"].shape
+def norm_layer(traced: fx.GraphModule, norm: fx.Node) -> Layer:
+    """A batch norm of a traced network, with what comes after it."""
+    channels, height, width = shape_of(norm)
     shape = (channels, height, width)
     reader = _only_reader(norm)
     if reader is None or not _is_sum(reader):
@@ -188,7 +205,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _activation(traced: fx.GraphModule, reader: fx.Node | None) -> Activation:
-    module = None if reader is None else _module(traced, reader)
+    module = None if reader is None else module_of(traced, reader)
     if isinstance(module, nn.ReLU6):
         return "relu6"
     return "relu" if isinstance(module, nn.ReLU) else "identity"

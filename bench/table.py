@@ -262,34 +262,39 @@ _PASSES = ("widest", "narrowest", "architecture")
 def render_iterations(cases: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """What `iteration.py` found: a section for each case."""
     caption = (
-        "×: time over ours, median over sweeps. calls: operators that reach a device's kernels; "
-        "reads: waits of the host for numbers. Passes: forward + backward, ms. Memory: most that "
-        "tensors take beyond weights and optimiser state, in the iteration, in the architecture "
-        "pass, in a training pass of the plain network. layers, conv, norm: shares of the "
-        "operators' time, of those that compute whole layers, convolutions, norms and activations."
+        "×: time over ours, median over sweeps. of roofline: the least time by operations and "
+        "bytes, at the speeds of a matrix product and a copy in the same sweep, over the time "
+        "(`roofline.py`); in brackets which of both bounds most of it. calls: operators that reach "
+        "a device's kernels; reads: waits of the host for numbers. Passes: forward + backward, ms. "
+        "Memory: most that tensors take beyond weights and optimiser state, in the iteration, in "
+        "the architecture pass, in a training pass of the plain network. layers, conv, norm: "
+        "shares of the operators' time, of those that compute whole layers, convolutions, norms "
+        "and activations."
     )
     table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column("case", overflow="fold", max_width=24)
     table.add_column("rival")
-    columns = ("ms", "×", "images/s", "calls", "reads", *_PASSES)
+    columns = ("ms", "×", "of roofline", "images/s", "calls", "reads", *_PASSES)
     for name in (*columns, "MB", "arch. MB", "plain MB", "layers", "conv", "norm"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         label = "{model}, stage {stage}, batch {batch}, {size}x{size}, {dtype}".format(**case)
         plain = f"{case['plain_peak_bytes'] / 1e6:.1f}"
+        bound = case["roofline"]["bound"] if "roofline" in case else ""
         for number, (name, row) in enumerate(case["rivals"].items()):
-            table.add_row("" if number else label, name, *_iteration_cells(row, plain))
+            table.add_row("" if number else label, name, *_iteration_cells(row, plain, bound))
         table.add_section()
     return table
 
 
-def _iteration_cells(row: Mapping[str, Any], plain: str) -> tuple[str, ...]:
+def _iteration_cells(row: Mapping[str, Any], plain: str, bound: str) -> tuple[str, ...]:
     ratio, found = row["over_ours"], row["passes"]
     times = [found.get(name) for name in _PASSES]
     architecture = found.get("architecture")
     return (
         f"{1e3 * row['seconds']:.0f}",
         "" if ratio is None else f"{ratio:.2f}",
+        f"{row['of_roofline']:.0%} ({bound})" if bound else "",
         f"{row['images_per_second']:.1f}",
         f"{row['calls']:,}",
         f"{row['host_reads']}",

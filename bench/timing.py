@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from machine import cache_bytes
-from pytest_benchmark.fixture import BenchmarkFixture
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 SECONDS = {"cpu": 0.1, "cuda": 0.04}
 """Of rounds for one benchmark in one sweep. A GPU is not shared with other work."""
@@ -45,11 +47,11 @@ def measure(
     def run(drawn: list[T]) -> None:
         for argument in drawn:
             call(argument)
-        _synchronise(device)
+        synchronise(device)
 
     def draw(count: int) -> list[T]:
         drawn = list(islice(arguments, count))
-        _synchronise(device)
+        synchronise(device)
         return drawn
 
     run(draw(1))
@@ -66,6 +68,7 @@ def measure(
     benchmark.pedantic(run, setup=lambda: ((draw(calls),), {}), rounds=rounds, warmup_rounds=1)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import logging
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +34,19 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some virtual machines advertise AMX and die of it; oneDNN reads this at its first primitive.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# pytest listens to every logger that keeps its records to itself. This one describes each tensor of
+# a traced network as soon as somebody listens, a twentieth of all that tracing takes.
+logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Halves of the tests for two workers, and the rest of the other's for who is the first to end:
+    tests of one module, which share what is expensive to make, mostly run on one worker."""
+    if config.getvalue("dist") != "load":
+        return None
+    scheduler = importlib.import_module("xdist.scheduler")
+    return scheduler.WorkStealingScheduling(config, log)
 
 
 @dataclass
@@ -437,10 +453,12 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-@pytest.fixture
-def launch(fork_server) -> Iterator[Callable[..., ForkServerProcess]]:
+Launch = Callable[..., ForkServerProcess]
+
+
+def launching(fork_server: ForkServerContext) -> Iterator[Launch]:
     """Starts ``python -m dmcp …`` or ``python <file> …`` in a process of its own, soon, see
-    `fork_server`; what still lives at the end of the test is killed.
+    `fork_server`; what still lives at the end is killed.
 
     All of them share the hash seed and the addresses of libraries: where nothing may depend on
     these, let a new interpreter take part.
@@ -460,6 +478,27 @@ def launch(fork_server) -> Iterator[Callable[..., ForkServerProcess]]:
     for process in started:
         process.kill()  # pytest would wait for it for ever
         process.join()
+
+
+launch = pytest.fixture(launching, name="launch")
+module_launch = pytest.fixture(launching, scope="module", name="module_launch")
+
+
+@pytest.fixture(scope="module")
+def run_ranks(module_launch: Launch) -> Callable[[str, object], None]:
+    """Runs ``python <file> <argument> <rank> <port>`` for two ranks, which are to find each other
+    at the port."""
+
+    def run(program: str, argument: object) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = [module_launch(program, argument, rank, port) for rank in range(2)]
+        for process in ranks:
+            process.join(timeout=120)
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+    return run
 
 
 @pytest.fixture

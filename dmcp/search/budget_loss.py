@@ -71,18 +71,18 @@ class BudgetLoss:
         return _LOSSES[self.name](self, ratios)
 
     def update(self, ratios: Tensor) -> None:
-        """Move the multipliers of the augmented Lagrangian; nothing for the other losses."""
+        """Move the multipliers of the augmented Lagrangian, in place; nothing for other losses."""
         if self.name == "augmented_lagrangian":
             ratios = ratios.detach()
             excess = (ratios - 1).clamp(-_LARGEST_EXCESS, _LARGEST_EXCESS)
             moved = self.multipliers + _MULTIPLIER_RATE * self.weight * excess
-            self.multipliers = _one_sided(moved, ratios)
+            self.multipliers.copy_(_one_sided(moved, ratios))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"multipliers": self.multipliers}
+        return {"multipliers": self.multipliers.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.multipliers = state["multipliers"].to(self.multipliers.device)
+        self.multipliers.copy_(state["multipliers"])
 
 
 def _log_l1(loss: BudgetLoss, ratios: Tensor) -> Tensor:

@@ -137,11 +137,22 @@ class ChainSearch:
     def _architecture_pass(self) -> Iterator[Tensor]:
         """While it is open the net is masked, its weights are frozen, and the gradients of α of
         the last step are gone; gives the budget loss."""
+        self.arch_optimizer.zero_grad(set_to_none=True)
+        with self._masked_pass(self._begin_architecture_step()) as budget:
+            yield budget
+
+    def _begin_architecture_step(self) -> Tensor:
+        """Set the learning rate of α; returns by how much the bounds are relaxed now: [B]."""
         done = (self.step_index - self.warmup_steps) / (self.steps - self.warmup_steps)
         set_lr(self.arch_optimizer, self.options.arch_lr.at(done))
-        self.arch_optimizer.zero_grad(set_to_none=True)
+        return self._slack(done)
+
+    @contextmanager
+    def _masked_pass(self, slack: Tensor) -> Iterator[Tensor]:
+        """What is the same in every step: while it is open the net is masked and its weights are
+        frozen; gives the budget loss."""
         with _frozen(self.net.weight_parameters()), self.net.masked(self._table) as expected:
-            ratios = self.targets.ratios(expected.cost) / self._slack(done)
+            ratios = self.targets.ratios(expected.cost) / slack
             yield self.budget_loss(ratios)
         self.budget_loss.update(ratios)
 

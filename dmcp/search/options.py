@@ -42,6 +42,10 @@ class SearchOptions:
         precision: of activations and their gradients, see `dmcp.train.precision.MixedPrecision`.
         micro_batches: parts in which a batch is computed, to save memory. Gradients are the means
             of those of the parts; batch norm and ``match_scale`` see each part alone.
+        cuda_graphs: of a `dmcp.Search` on one GPU: the passes whose widths stay the same (widest,
+            narrowest, architecture) are captured once and replayed, see
+            `dmcp.train.cuda_graphs.CudaGraphs`. The model's Python, hooks and counters included,
+            does not run in replays, so it must not do other things in other steps.
     """
 
     warmup: float = 0.5
@@ -62,6 +66,7 @@ class SearchOptions:
     tolerance: float = 0.0
     precision: Precision = "float32"
     micro_batches: int = 1
+    cuda_graphs: bool = False
 
     @property
     def sandwich(self) -> int:

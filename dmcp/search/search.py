@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +14,16 @@ from dmcp.search.chain_search import ChainSearch
 from dmcp.search.markov_net import MarkovNet
 from dmcp.search.options import SearchOptions
 from dmcp.search.subnets import narrowest
-from dmcp.train.distributed import (
-    World,
-    all_reduce_sum,
-    average_gradients,
-    broadcast_parameters,
-)
+from dmcp.train.cuda_graphs import CudaGraphs
+from dmcp.train.distributed import World, all_reduce_sum, broadcast_parameters
 from dmcp.train.gradients import GradientBuffer
 from dmcp.train.loss import accuracy, cross_entropy, distillation
 from dmcp.train.optim import restore, set_lr, sgd
 from dmcp.train.parts import Part, split_batch, sum_of
 from dmcp.train.precision import MixedPrecision
 from dmcp.train.training import learn_labels
+
+_Result = TypeVar("_Result")
 
 
 class Search(ChainSearch):
@@ -47,7 +44,8 @@ class Search(ChainSearch):
 
     Raises:
         BudgetError: the network cannot meet the budget, or is below it anyway.
-        ConfigError: steps below 1.
+        ConfigError: steps below 1, or ``options.cuda_graphs`` without a GPU or with several
+            processes.
     """
 
     def __init__(
@@ -63,8 +61,15 @@ class Search(ChainSearch):
         super().__init__(net, budget, steps, options, seed)
         options = self.options
         self.gradients = GradientBuffer(net.trained_parameters(), net.weight_parameters())
+        self.arch_gradients = GradientBuffer(net.architecture_parameters())
         device = net.architecture_parameters()[0].device
         self.world = world or World.single(device)
+        if options.cuda_graphs and self.world.size > 1:
+            raise ConfigError(
+                "cuda_graphs is for a search in one process: the collectives of "
+                f"{self.world.size} processes are not captured"
+            )
+        self.cuda_graphs = CudaGraphs(net, device) if options.cuda_graphs else None
         self.precision = MixedPrecision(options.precision, device)
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
         broadcast_parameters(net, self.world)
@@ -93,6 +98,8 @@ class Search(ChainSearch):
             raise ConfigError(f"the search is over: all {self.steps} steps are done")
         self.net.train()
         batch = split_batch(images, labels, self.options.micro_batches)
+        self.gradients.zero()
+        self.arch_gradients.zero()
         metrics, teachers = self._sandwich_step(batch)
         if self.step_index >= self.warmup_steps:
             if arch_images is not None and arch_labels is not None:
@@ -155,12 +162,15 @@ class Search(ChainSearch):
         network's logits."""
         options = self.options
         set_lr(self.optimizer, options.lr.at(self.step_index / self.steps))
-        self.gradients.zero()
         # Drawn one after the other: what the chains say is on its way from the device until then.
-        others = itertools.chain((narrowest(self.net),), self._random_subnets())
+        drawn = self._random_subnets()
         with self.net.accumulating():
-            loss, teachers = learn_labels(self.net, batch, self.precision, options.label_smoothing)
-            other_losses = [self._subnet_loss(widths, batch, teachers) for widths in others]
+            loss, teachers = self._same_pass("widest", self._widest_loss, batch)
+            least = narrowest(self.net)
+            other_losses = [
+                self._same_pass("narrowest", self._subnet_loss, least, batch, teachers),
+                *(self._subnet_loss(widths, batch, teachers) for widths in drawn),
+            ]
         self.gradients.average(self.world)
         self.precision.step(self.optimizer)
         metrics = {
@@ -169,6 +179,15 @@ class Search(ChainSearch):
             "subnet_loss": torch.stack(other_losses).mean(),
         }
         return metrics, teachers
+
+    def _same_pass(self, name: str, compute: Callable[..., _Result], *inputs: Any) -> _Result:
+        """A pass that differs from step to step in the numbers of its inputs alone."""
+        if self.cuda_graphs is None:
+            return compute(*inputs)
+        return self.cuda_graphs.run(name, compute, *inputs)
+
+    def _widest_loss(self, batch: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+        return learn_labels(self.net, batch, self.precision, self.options.label_smoothing)
 
     def _subnet_loss(
         self, widths: Mapping[str, Any], batch: Sequence[Part], teachers: Sequence[Tensor]
@@ -191,9 +210,18 @@ class Search(ChainSearch):
         self, batch: Sequence[Part], teachers: list[Tensor]
     ) -> dict[str, Tensor]:
         """Update α; ``teachers`` are the widest network's logits on this step's images."""
+        slack = self._begin_architecture_step()
+        metrics = self._same_pass("architecture", self._chain_losses, batch, teachers, slack)
+        self.arch_gradients.average(self.world)
+        self.precision.step(self.arch_optimizer)
+        return metrics
+
+    def _chain_losses(
+        self, batch: Sequence[Part], teachers: list[Tensor], slack: Tensor
+    ) -> dict[str, Tensor]:
         scale = self._deviation(torch.cat(teachers)) if self.options.match_scale else None
         losses = []
-        with self._architecture_pass() as budget:
+        with self._masked_pass(slack) as budget:
             for part in batch:
                 with self.precision.autocast():
                     loss = self._masked_loss(part, scale)
@@ -201,8 +229,6 @@ class Search(ChainSearch):
                 # The masks are parts of what the expected cost is: one backward goes through both.
                 self.precision.backward(loss + budget if last else loss, retain_graph=not last)
                 losses.append(loss.detach())
-        average_gradients(self.net.architecture_parameters(), self.world)
-        self.precision.step(self.arch_optimizer)
         return {"masked_loss": sum_of(losses), "budget_loss": budget.detach()}
 
     def _masked_loss(self, part: Part, scale: Tensor | None) -> Tensor:

@@ -38,10 +38,26 @@ def test_takes_the_first_images_of_every_class(archive, tmp_path):
         assert all(len(list(path.iterdir())) == count for path in classes)
 
 
-def test_goes_on_from_its_state_alone(archive, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def started_soon(launch, monkeypatch):
+    """``python -m dmcp …`` begins at once."""
+
+    def call(command, cwd):
+        assert command[:3] == [sys.executable, "-m", "dmcp"]
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            process = launch("dmcp", *command[3:])
+        process.join()
+        return process.exitcode
+
+    monkeypatch.setattr(cifar10.subprocess, "call", call)
+
+
+@pytest.mark.usefixtures("started_soon")
+def test_goes_on_from_its_state_alone(archive, tmp_path, monkeypatch):
     state = tmp_path / "state.tar"
     options = [
-        *("--methods", "uniform", "--seeds", "0", "--width", "0.25", "--divisor", "2"),
+        *("--methods", "uniform", "--seeds", "0", "--width", "0.125", "--divisor", "2"),
         *("--search-epochs", "1", "--retrain-epochs", "1", "--batch-size", "4"),
         *("--model", "resnet18"),
     ]
@@ -55,7 +71,6 @@ def test_goes_on_from_its_state_alone(archive, tmp_path, monkeypatch, capfd):
         names = tar.getnames()
     assert not [name for name in names if name.endswith((".pt", ".safetensors"))]
     assert len([name for name in names if name.endswith("result.json")]) == 3
-    capfd.readouterr()
     assert cifar10.main() == 0
     second = json.loads((tmp_path / "results.json").read_text())
     assert second["records"] == first["records"]  # seconds too: nothing was trained again

@@ -169,6 +169,13 @@ def test_later_steps_keep_their_time_and_earlier_results_stay(little_grace, tmp_
     assert json.loads(output.read_text())["steps"][0]["status"] == "out of time"
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_cuda_graphs_are_measured_on_a_gpu(dry_run, tmp_path):
+    plan = gpu.Plan(tmp_path, dry_run=dry_run, skip_build=True)
+    (step,) = (step for step in plan.steps() if step.name == "search step")
+    assert ("graphs" in step.command) != dry_run
+
+
 def test_all_promises_fit_into_nine_minutes(tmp_path):
     plan = gpu.Plan(tmp_path, dry_run=False, skip_build=False)
     assert sum(step.seconds for step in plan.steps()) <= 9 * 60

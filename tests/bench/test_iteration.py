@@ -110,6 +110,24 @@ def test_rivals_draw_from_their_chains(gate, name):
         assert {widths[unit.name] for widths in drawn} <= set(unit.choices)
 
 
+def test_cuda_graphs_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["iteration.py", "--rivals", "graphs", "--threads", "1"])
+    with pytest.raises(SystemExit):
+        iteration.main()
+    assert "the rival graphs needs --device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_ask_least_of_the_host(monkeypatch):
+    monkeypatch.setattr(iteration, "WARM_UP", 1)
+    monkeypatch.setattr(iteration, "ITERATIONS", 1)
+    found = iteration.compare(CASE, ("ours", "graphs"), sweeps=1, device=torch.device("cuda", 0))
+    ours, graphs = (found["rivals"][name] for name in ("ours", "graphs"))
+    assert graphs["calls"] < 0.7 * ours["calls"]
+    assert graphs["passes"] == {}
+
+
 def test_scaling_changes_one_thing_at_a_time():
     cases = dict.fromkeys(case for _, case in iteration.scaling_cases(["float32"]))
     assert {case.batch for case in cases} == {4, 8, 16, 32}

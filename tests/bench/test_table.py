@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from table import print_table, render, summarise
+from table import print_table, render, render_iterations, summarise
 
 
 def entry(rival, direction, seconds, *, sweep=0, case="8x4x4-relu", calls=1, **labels):
@@ -123,6 +123,38 @@ def test_a_suite_without_labels_is_named_by_its_tests():
     (found,) = summary["rows"]
     assert (found["op"], found["case"], found["rival"]) == ("sampling", "mean and variance", "ours")
     assert summary["means"] == []
+
+
+def iteration_case(**roofline):
+    row = {
+        "seconds": 0.25,
+        "over_ours": None,
+        "images_per_second": 64.0,
+        "calls": 1234,
+        "host_reads": 0,
+        "peak_bytes": 1e6,
+        "kinds": {"whole layers": 0.9, "convolution": 0.0, "norm and activation": 0.0},
+        "passes": {"widest": {"forward": 0.01, "backward": 0.02, "peak_bytes": 1e6}},
+        **roofline,
+    }
+    label = {"model": "resnet18", "stage": 1, "batch": 4, "size": 32, "dtype": "float32"}
+    return label | {"plain_peak_bytes": 2e6, "rivals": {"ours": row}}
+
+
+def cells(table, header):
+    (column,) = (one for one in table.columns if one.header == header)
+    return list(column.cells)
+
+
+def test_an_iteration_is_held_against_its_floor():
+    case = iteration_case(of_roofline=0.375) | {"roofline": {"bound": "bytes"}}
+    assert cells(render_iterations([case]), "of roofline") == ["38% (bytes)"]
+
+
+def test_an_iteration_without_a_floor_is_still_shown():
+    table = render_iterations([iteration_case()])
+    assert cells(table, "of roofline") == [""]
+    assert cells(table, "ms") == ["250"]
 
 
 def test_reads_what_pytest_benchmark_writes(root, environment, tmp_path):

@@ -9,7 +9,21 @@ import pytest
 from dmcp.cli import main
 from dmcp.cost import LatencyTable
 
-NETWORK = "--model resnet18 --width 0.0625 --groups 2 --divisor 1 --device cpu"
+NET = """
+from torch import nn
+
+def net(num_classes, width=1.0):
+    first, second = int(8 * width), int(12 * width)
+    return nn.Sequential(
+        nn.Conv2d(1, first, 3, bias=False), nn.BatchNorm2d(first), nn.ReLU(),
+        nn.Conv2d(first, second, 3, bias=False), nn.BatchNorm2d(second), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(second, num_classes),
+    )
+
+def narrow(num_classes):
+    return net(num_classes, 0.5)
+"""
+NETWORK = "--model net.py:net --groups 4 --divisor 1 --device cpu"
 BENCH = f"bench latency {NETWORK} --data digits --points 2 --rounds 2 --threads 1"
 SEARCH = (
     f"search {NETWORK} --batch-size 512 --budget 80% --search-epochs 1 --retrain-epochs 1 "
@@ -21,6 +35,7 @@ SEARCH = (
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a table and the cache of its timings."""
     folder = tmp_path_factory.mktemp("bench")
+    (folder / "net.py").write_text(NET)
     assert run(f"{BENCH} --quiet", folder) == 0
     return folder
 
@@ -92,7 +107,10 @@ def made_up_latency(measured: Path) -> str:
         (f"{BENCH} --runtime tensorrt", "'tensorrt' is not one of 'eager', 'compiled'"),
         (f"{SEARCH} --output x --budget-latency 5 --latency-table no.json", "dmcp bench latency"),
         (f"{SEARCH} --output x --budget-latency fast", "budget latency_ms must be a number, or"),
-        (f"{SEARCH} --output x --budget-latency 5 --width 0.125", "is of another network or image"),
+        (
+            f"{SEARCH} --output x --budget-latency 5 --model net.py:narrow",
+            "is of another network or image",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(

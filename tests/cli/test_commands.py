@@ -5,12 +5,14 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import dmcp
+from dmcp import recipes
 from dmcp.cli import main
 from dmcp.models import build
 
@@ -519,14 +521,17 @@ def test_a_corrupt_first_image_leaves_no_folder(tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_takes_the_width_of_its_own_recipe_only(capsys):
-    inspect = shlex.split("inspect --recipe mobilenet_v2-211M --data digits --json")
+def test_a_model_takes_the_width_of_its_own_recipe_only(tiny_file, capsys, monkeypatch):
+    narrow = replace(recipes.get("resnet18-1.04G"), model_options={"width": 0.125})
+    monkeypatch.setitem(recipes._RECIPES, "narrow", narrow)  # the paper's take long to trace
+    inspect = shlex.split("inspect --recipe narrow --data digits --json")
     assert main(inspect) == 0
-    assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 48
-    assert main([*inspect, "--width", "0.5"]) == 0
+    assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 8
+    assert main([*inspect, "--width", "0.25"]) == 0
     assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 16
-    assert main([*inspect, "--model", "resnet18"]) == 0
-    assert json.loads(capsys.readouterr().out)["units"][0]["channels"] == 64
+    # This one takes no width at all.
+    assert main([*inspect, "--model", "tiny.py:grey", "--groups", "4"]) == 0
+    assert [unit["name"] for unit in json.loads(capsys.readouterr().out)["units"]] == ["0", "5"]
 
 
 @pytest.mark.parametrize("command", ["", "search", "train", "eval", "inspect", "report"])

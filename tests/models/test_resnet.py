@@ -148,10 +148,10 @@ def test_initialisation(build: Build) -> None:
 
 
 def test_channel_units_of_resnet18() -> None:
-    graph = dmcp.trace(resnet18(small_images=True), torch.zeros(2, 3, 8, 8))
+    graph = dmcp.trace(resnet18(width=0.25, small_images=True), torch.zeros(2, 3, 8, 8))
 
-    expected = {"conv1": 64}
-    for layer, channels in enumerate((64, 128, 256, 512), start=1):
+    expected = {"conv1": 16}
+    for layer, channels in enumerate((16, 32, 64, 128), start=1):
         expected |= {f"layer{layer}.{block}.conv1": channels for block in range(2)}
         if layer > 1:
             expected[f"layer{layer}.0.conv2"] = channels
@@ -160,10 +160,10 @@ def test_channel_units_of_resnet18() -> None:
 
 
 def test_channel_units_of_resnet50() -> None:
-    graph = dmcp.trace(resnet50(small_images=True), torch.zeros(2, 3, 8, 8))
+    graph = dmcp.trace(resnet50(width=0.25, small_images=True), torch.zeros(2, 3, 8, 8))
 
-    expected = {"conv1": 64}
-    sizes = zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)
+    expected = {"conv1": 16}
+    sizes = zip((3, 4, 6, 3), (16, 32, 64, 128), strict=True)
     for layer, (blocks, channels) in enumerate(sizes, start=1):
         expected[f"layer{layer}.0.conv3"] = 4 * channels
         for block in range(blocks):

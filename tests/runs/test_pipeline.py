@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import runpy
 import shlex
-import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dmcp
@@ -417,25 +419,46 @@ def test_a_watcher_sees_every_phase(configure, machine, tmp_path):
     assert (chains, metrics) == ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5] * 2)
 
 
-def test_two_processes(finished, contents, tmp_path):
+@pytest.fixture
+def torchrun(fork_server, monkeypatch, tmp_path):
+    """Runs ``dmcp`` as ``torchrun --nproc-per-node=2`` does, in processes that start soon; what
+    both print."""
+
+    def run(command):
+        logs = tmp_path / "logs"
+        config = LaunchConfig(
+            *(1, 1, 2),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method=fork_server.get_start_method(),
+            logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
+        )
+        monkeypatch.setattr(sys, "argv", ["dmcp", *command])  # the processes take it over
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # else it would be left behind
+        # A thread of its own, as in the main one it would change how signals are handled.
+        with ThreadPoolExecutor() as thread:
+            agent = elastic_launch(config, runpy.run_module)
+            thread.submit(agent, "dmcp", None, "__main__").result(timeout=300)
+        streams = (sorted(logs.rglob(f"{stream}.log")) for stream in ("stdout", "stderr"))
+        return ["".join(path.read_text() for path in paths) for paths in streams]
+
+    return run
+
+
+def test_two_processes(finished, contents, torchrun, tmp_path):
     """Under torchrun: one of the processes writes, and what a kill left does not disturb."""
     folder = RunFolder(tmp_path / "run")
     folder.open({**finished.folder.config(), "network": _synchronised(finished)})
     (folder.path / "metrics.jsonl").write_text('{"phase": "sear')
     command = shlex.split(
-        "-m torch.distributed.run --standalone --nproc-per-node=2 "
-        "-m dmcp search --model resnet18 --width 0.125 --batch-size 256 --divisor 1 --budget 50% "
+        "search --model resnet18 --width 0.125 --batch-size 256 --divisor 1 --budget 50% "
         "--search-epochs 2 --retrain-epochs 1 --sync-bn --json --log-every 1 --device cpu --output"
     )
-    done = subprocess.run(
-        [sys.executable, *command, folder.path],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    command.append(str(folder.path))
+    printed, errors = torchrun(command)
+    (line,) = printed.splitlines()
     assert json.loads(line)["networks"] == folder.read_json("results.json")["networks"]
     for phase, steps in {"search": 10, "dense": 5, "dmcp": 5, "uniform": 5}.items():
         assert [r["step"] for r in records(folder, phase)] == [*range(1, steps + 1)]
@@ -443,10 +466,13 @@ def test_two_processes(finished, contents, tmp_path):
     assert set(contents(folder.path)) - set(contents(finished.folder.path)) == {
         str(p.relative_to(folder.path)) for p in (folder.path / "tensorboard").rglob("events*")
     }
-    assert "budget" not in done.stderr, "warnings are not for whom reads JSON"
+    assert "budget" not in errors, "warnings are not for whom reads JSON"
     ledger = folder.read_json("ledger.json")
     assert "above the budget" in ledger["warnings"][0]
-    assert shlex.split(ledger["command"]) == ["torchrun", *command[3:], str(folder.path)]
+    assert shlex.split(ledger["command"]) == [
+        *("torchrun", "--nproc-per-node=2", "-m", "dmcp"),
+        *command,
+    ]
     assert ledger["device"].startswith("2 × ")
     assert ledger["phases"]["search"]["images_forward"] == (10 * 4 + 5) * 256
     rows = run_eval(folder, Machine(World.single()))

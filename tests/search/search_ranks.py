@@ -1,10 +1,12 @@
-"""A few steps of a search on one of several processes: ``python search_ranks.py <folder>``.
+"""A few steps of a search on one of two processes:
+``python search_ranks.py <folder> <rank> <port>``.
 
 Saves what it ended with to ``<folder>/<rank>.pt``, for test_distributed.py to compare.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,4 +79,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place, rank, port = sys.argv[1:]
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    main(Path(place))

@@ -28,11 +28,22 @@ def half(graph):
 
 
 @pytest.fixture(params=["mobilenet_v2", "resnet18"])
-def stage(request, example):
+def plain(request, traced):
+    """A network in float64 that nothing has trained."""
+    return traced(request.param).to(torch.float64)
+
+
+@pytest.fixture
+def stage(plain):
     """In float64, with the example it trains."""
-    chosen = example(request.param).to(torch.float64)
-    net = dmcp.MarkovNet(chosen.model, chosen.inputs, groups=2, divisor=1)
-    return DistilledTraining(net, half(net.graph), OPTIONS, STEPS), chosen
+    chosen = copy.deepcopy(plain)
+    return fresh(chosen), chosen
+
+
+def fresh(example, **options):
+    """Trains the example itself."""
+    net = dmcp.MarkovNet(example.model, groups=2, divisor=1, graph=example.graph)
+    return DistilledTraining(net, half(net.graph), replace(OPTIONS, **options), STEPS)
 
 
 def losses(example, widths, pixels, labels):
@@ -44,7 +55,7 @@ def losses(example, widths, pixels, labels):
     teacher = example.model(pixels)
     teacher_loss = F.cross_entropy(teacher, labels, label_smoothing=smoothing)
     teacher_loss.backward()
-    small = dmcp.extract(dmcp.trace(copy.deepcopy(example.model), example.inputs), widths).train()
+    small = dmcp.extract(example.graph, widths).train()
     log_p = small(pixels).log_softmax(1)
     q = teacher.detach().softmax(1)
     loss = (q * (q.log() - log_p)).sum(1).mean()
@@ -56,10 +67,10 @@ def losses(example, widths, pixels, labels):
     return loss.detach(), teacher_loss.detach()
 
 
-def test_a_step_is_two_passes_and_one_update(stage):
+def test_a_step_is_two_passes_and_one_update(stage, plain):
     """Against plain modules and SGD with Nesterov's rule written out."""
     stage, example = stage
-    reference = copy.deepcopy(example)
+    reference = plain
     reference.model.train()
     buffers = {name: None for name, _ in reference.model.named_parameters()}
     for step in range(STEPS):
@@ -106,17 +117,11 @@ def test_the_chains_are_left_alone(stage):
     assert all(alpha.grad is None for alpha in after)
 
 
-def fresh(example, **options):
-    net = dmcp.MarkovNet(copy.deepcopy(example.model), example.inputs, groups=2, divisor=1)
-    return DistilledTraining(net, half(net.graph), replace(OPTIONS, **options), STEPS)
-
-
-def test_parts_of_a_batch_add_up_to_its_gradients(stage):
+def test_parts_of_a_batch_add_up_to_its_gradients(plain):
     """A batch of two equal halves has the statistics of each, so that nothing may differ."""
-    _, example = stage
-    pixels, labels = batch(0, example, images=8)
+    pixels, labels = batch(0, plain, images=8)
     pixels, labels = torch.cat([pixels, pixels]), torch.cat([labels, labels])
-    whole, parts = fresh(example), fresh(example, micro_batches=2)
+    whole, parts = fresh(copy.deepcopy(plain)), fresh(plain, micro_batches=2)
     seen = []
     parts.net.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     expected, metrics = whole.step(pixels, labels), parts.step(pixels, labels)
@@ -130,10 +135,10 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_is_as_near_float32_as_in_plain_pytorch(example, precision):
-    chosen, plain = example("resnet18"), example("resnet18")
+def test_half_precision_is_as_near_float32_as_in_plain_pytorch(traced, precision):
+    chosen, plain = traced("resnet18"), traced("resnet18")
     plain.model.train()
-    full, stage = fresh(chosen), fresh(chosen, precision=precision)
+    full, stage = fresh(traced("resnet18")), fresh(chosen, precision=precision)
     seen = []
     stage.net.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     wanted, got = (each.step(*batch(0, chosen)) for each in (full, stage))
@@ -150,9 +155,9 @@ def test_half_precision_is_as_near_float32_as_in_plain_pytorch(example, precisio
     assert 1 - cosine < 1.5 * (1 - allowed) + 1e-4
 
 
-def test_the_state_of_the_loss_scale_is_kept(example):
-    chosen = example("resnet18")
-    stage, other = (fresh(chosen, precision="float16") for _ in range(2))
+def test_the_state_of_the_loss_scale_is_kept(traced):
+    chosen = traced("resnet18")
+    stage, other = (fresh(traced("resnet18"), precision="float16") for _ in range(2))
     stage.step(*batch(0, chosen))
     other.load_state_dict(stage.state_dict())
     assert other.precision.state_dict() == stage.precision.state_dict()
@@ -163,17 +168,17 @@ def test_the_state_of_the_loss_scale_is_kept(example):
         other.load_state_dict(fresh(chosen).state_dict())
 
 
-def test_refuses_a_batch_too_small_for_its_parts(example):
-    chosen = example("resnet18")
+def test_refuses_a_batch_too_small_for_its_parts(traced):
+    chosen = traced("resnet18")
     stage = fresh(chosen, micro_batches=5)
     with pytest.raises(ConfigError, match="micro_batches is 5: too many parts for a batch of 8"):
         stage.step(*batch(0, chosen, images=8))
     assert stage.step_index == 0
 
 
-def test_continues_with_the_same_bits(stage):
+def test_continues_with_the_same_bits(stage, plain):
     whole, example = stage
-    begun, resumed = fresh(example), fresh(example)
+    begun, resumed = fresh(copy.deepcopy(plain)), fresh(plain)
     for step in range(2):
         whole.step(*batch(step, example))
         begun.step(*batch(step, example))
@@ -209,10 +214,10 @@ def test_refuses_the_state_of_something_else(stage):
     assert stage.step_index == 0
 
 
-def test_refuses_widths_that_the_net_cannot_take(example):
+def test_refuses_widths_that_the_net_cannot_take(traced):
     """Else the step would train one structure, and extraction give another."""
-    chosen = example("mobilenet_v2")
-    net = dmcp.MarkovNet(chosen.model, chosen.inputs, groups=10, divisor=8)
+    chosen = traced("mobilenet_v2")
+    net = dmcp.MarkovNet(chosen.model, groups=10, divisor=8, graph=chosen.graph)
     with pytest.raises(ConfigError, match=r"widths\['conv1'\].*no narrower width lies on its grid"):
         DistilledTraining(net, {"conv1": 5}, OPTIONS, STEPS)
     with pytest.raises(ConfigError, match="no unit is called 'conv9'"):

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,34 +19,28 @@ _spec.loader.exec_module(search_ranks)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(run_ranks, tmp_path_factory):
     """What two processes that talk through gloo ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        variables = {name: str(value) for name, value in torchrun.items()}
-        environment = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1"}
-        processes.append(subprocess.Popen([sys.executable, PROGRAM, folder], env=environment))
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(str(PROGRAM), folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("options", list(search_ranks.OPTIONS))
-def test_two_processes_search_as_one(ranks, options, monkeypatch):
-    """Sandwich and architecture steps over the global batch, in float64."""
+@cache
+def search_alone(options):
+    """What one process ends with, and how often it drew sub-networks from the chains."""
     markov = []
     draw = subnets.walk_chains
-    monkeypatch.setattr(subnets, "walk_chains", lambda *a: markov.append(a) or draw(*a))
-    alone = search_ranks.search(World.single(), options)
-    assert len(markov) >= 3, "sub-networks were drawn from the chains"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subnets, "walk_chains", lambda *a: markov.append(a) or draw(*a))
+        return search_ranks.search(World.single(), options), len(markov)
+
+
+@pytest.mark.parametrize("options", list(search_ranks.OPTIONS))
+def test_two_processes_search_as_one(ranks, options):
+    """Sandwich and architecture steps over the global batch, in float64."""
+    alone, draws = search_alone(options)
+    assert draws >= 3, "sub-networks were drawn from the chains"
     start = search_ranks.OPTIONS[options].start
     for found in (rank[options] for rank in ranks):
         assert found["net"].keys() == alone["net"].keys()
@@ -67,7 +58,7 @@ def test_two_processes_search_as_one(ranks, options, monkeypatch):
 
 @pytest.mark.parametrize("options", list(search_ranks.OPTIONS))
 def test_metrics_are_shares_of_the_global_ones(ranks, options):
-    alone = search_ranks.search(World.single(), options)
+    alone, _ = search_alone(options)
     own = [rank[options]["metrics"] for rank in ranks]
     for step, expected in enumerate(alone["metrics"]):
         for name, value in expected.items():

@@ -9,6 +9,7 @@ import dmcp
 from dmcp.errors import BudgetError, CheckpointError, ConfigError
 from dmcp.search import Budget, MarkovNet, Search, SearchOptions
 from dmcp.search.subnets import narrowest, random_subnets
+from dmcp.train.distributed import World
 from dmcp.train.optim import Schedule
 from dmcp.train.parts import split_batch
 
@@ -242,6 +243,16 @@ def test_an_interrupted_search_gives_the_same_bits(make, stop, arch_optimizer):
     assert straight.expected_widths() == second.expected_widths()
 
 
+def test_multipliers_of_a_state_stay_what_they_were(make):
+    search = make(steps=4, warmup=0.0, anneal=0.0)
+    run(search, 1)
+    kept = search.budget_loss.state_dict()["multipliers"]
+    before = kept.clone()
+    run(search, 1)
+    assert torch.equal(kept, before)
+    assert not torch.equal(search.budget_loss.multipliers, before)
+
+
 def test_a_foreign_checkpoint_is_refused(make):
     state = make(steps=6).state_dict()
     with pytest.raises(CheckpointError, match="not of a search with 7 steps"):
@@ -328,6 +339,18 @@ def test_bad_arguments_are_named(make):
     run(search)
     with pytest.raises(ConfigError, match="all 1 steps are done"):
         search.step(*batch(1))
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [(None, "needs .* on cpu"), (World(0, 2, torch.device("cpu")), "in one process")],
+)
+def test_graphs_without_a_gpu_or_in_several_processes_are_refused(example, world, message):
+    case = example("Residual")
+    net = MarkovNet(case.model, case.inputs, groups=4, divisor=1)
+    options = SearchOptions(cuda_graphs=True)
+    with pytest.raises(ConfigError, match=f"cuda_graphs.*{message}"):
+        Search(net, Budget(macs="50%"), 4, options, world=world)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from dmcp import models
 from dmcp.errors import ConfigError
 from dmcp.search import Budget, MarkovNet, Search, SearchOptions
 from dmcp.search.subnets import narrowest, random_uniform
+from dmcp.train.cuda_graphs import WARM_UP, Memory, rehearse
+from dmcp.train.optim import Schedule
+from dmcp.train.parts import split_batch
 
 NETWORKS = {
     "mobilenet_v2-1.5": lambda: models.mobilenet_v2(num_classes=10, width=0.375),
@@ -21,6 +24,9 @@ NETWORKS = {
     "resnet18": lambda: models.resnet18(num_classes=10, width=0.25),
     "resnet50": lambda: models.resnet50(num_classes=10, width=0.125),
 }
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def batch(size=4, side=64, dtype=torch.float32):
@@ -34,7 +40,15 @@ def search_in(name, dtype=torch.float32, **options):
     torch.manual_seed(0)
     model = NETWORKS[name]().to(dtype).to(memory_format=torch.channels_last)
     net = MarkovNet(model, batch(2, dtype=dtype)[0], divisor=1)
-    return Search(net, Budget(macs="50%"), 10, SearchOptions(warmup=0.0, **options))
+    return Search(net, Budget(macs="50%"), 10, SearchOptions(**{"warmup": 0.0, **options}))
+
+
+def search_on_a_gpu(model, images, **options):
+    """With chains that draw every random sub-network from the first architecture step on."""
+    model = model.cuda().to(memory_format=torch.channels_last)
+    net = MarkovNet(model, images[:2].cuda(), divisor=1)
+    options = {"warmup": 0.0, "uniform_share": 1e-9, **options}
+    return Search(net, Budget(macs="50%"), 40, SearchOptions(**options))
 
 
 def reference_ops(patch):
@@ -118,13 +132,13 @@ def test_a_step_does_not_wait_for_numbers(arch_optimizer, uniform_share):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_does_not_wait_for_the_gpu():
-    model = NETWORKS["mobilenet_v2"]().cuda().to(memory_format=torch.channels_last)
+@on_a_gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_step_does_not_wait_for_the_gpu(cuda_graphs):
     images, labels = (tensor.cuda() for tensor in batch())
-    net = MarkovNet(model, images[:2], divisor=1)
-    search = Search(net, Budget(macs="50%"), 10, SearchOptions(warmup=0.0, uniform_share=1e-9))
-    search.step(images, labels)
+    search = search_on_a_gpu(NETWORKS["mobilenet_v2"](), images, cuda_graphs=cuda_graphs)
+    for _ in range(WARM_UP + 1):
+        search.step(images, labels)
     torch.cuda.set_sync_debug_mode("error")
     try:
         search.step(images, labels)
@@ -352,3 +366,190 @@ def test_gradients_lie_as_the_weights_do_after_a_change_of_memory_format():
     for parameter in search.net.weight_parameters():
         assert parameter.grad.stride() == parameter.stride()
     search.step(images.contiguous(), labels)
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("arch_optimizer", ["adam", "sgd"])
+def test_steps_leave_tensors_where_they_are(arch_optimizer, micro_batches):
+    """Weights, statistics, α, gradients and multipliers: what a graph holds the addresses of."""
+    options = {"arch_optimizer": arch_optimizer, "micro_batches": micro_batches, "anneal": 0.0}
+    search = search_in("mobilenet_v2", warmup=0.2, **options)
+    memory = Memory(search.net)
+    search.step(*batch())
+    places, multipliers = memory.places(), search.budget_loss.multipliers.data_ptr()
+    for _ in range(3):
+        search.step(*batch())
+    state = copy.deepcopy(search.state_dict())
+    assert search.budget_loss.multipliers.any()
+    search.step(*batch())
+    search.load_state_dict(state)
+    search.step(*batch())
+    assert memory.places() == places
+    assert search.budget_loss.multipliers.data_ptr() == multipliers
+
+
+def rehearsed(search, images, labels):
+    """What keeps each of the passes that are the same in every step from being captured."""
+    parts, memory, cpu = split_batch(images, labels, 1), Memory(search.net), torch.device("cpu")
+    search.step(images, labels)
+    search.gradients.zero()
+    found = {}
+    with search.net.accumulating():
+        (_, teachers), found["widest"] = rehearse(search._widest_loss, [parts], memory, cpu)
+        inputs = [narrowest(search.net), parts, teachers]
+        _, found["narrowest"] = rehearse(search._subnet_loss, inputs, memory, cpu)
+    inputs = [parts, teachers, search._begin_architecture_step()]
+    _, found["architecture"] = rehearse(search._chain_losses, inputs, memory, cpu)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_passes_of_fixed_widths_can_be_captured(precision):
+    found = rehearsed(search_in("resnet18", precision=precision), *batch())
+    assert found == {"widest": [], "narrowest": [], "architecture": []}
+
+
+class Auxiliary(TrainingNoise):
+    """Training has one more layer, which the trace does not see."""
+
+    def __init__(self):
+        super().__init__("plain")
+        self.auxiliary = nn.Linear(3, 10)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.auxiliary(x.mean((2, 3))) if self.training else y
+
+
+def test_parameters_that_the_trace_does_not_read_keep_a_pass_from_being_captured():
+    torch.manual_seed(0)
+    images, labels = batch(4, 16)
+    net = MarkovNet(Auxiliary().to(memory_format=torch.channels_last), images, divisor=1)
+    search = Search(net, Budget(macs="50%"), 10, SearchOptions(warmup=0.0))
+    (found,) = rehearsed(search, images, labels)["widest"]
+    names = "model.auxiliary.weight, model.auxiliary.bias"
+    assert found == f"replaces the tensors or the gradients of {names}"
+
+
+def twins(make, dtype=torch.float64, **options):
+    """The same search with and without graphs, and what all steps of both are given. At a learning
+    rate at which rounding does not grow from step to step."""
+    options = {"lr": Schedule(peak=1e-3), **options}
+    images, labels = batch(6, 16 if make is Auxiliary else 64, dtype)
+    searches = []
+    for cuda_graphs in (True, False):
+        torch.manual_seed(0)
+        searches.append(
+            search_on_a_gpu(make().to(dtype), images, cuda_graphs=cuda_graphs, **options)
+        )
+
+    def run(search, sizes):
+        metrics = {}
+        for step, size in enumerate(sizes):
+            shown = images.roll(step, 0)[:size].contiguous(memory_format=torch.channels_last)
+            metrics = search.step(shown.cuda(), labels[:size].cuda())
+        return metrics
+
+    return *searches, run
+
+
+def assert_same_search(captured, ordinary):
+    """In float64, but for α."""
+    for name, wanted in ordinary.net.state_dict().items():
+        close = {"rtol": 1e-4, "atol": 1e-5} if "alpha" in name else {"rtol": 1e-6, "atol": 1e-9}
+        torch.testing.assert_close(captured.net.state_dict()[name], wanted, **close, msg=name)
+    multipliers = (search.budget_loss.multipliers for search in (captured, ordinary))
+    torch.testing.assert_close(*multipliers, rtol=1e-4, atol=1e-6)
+
+
+STAGES = {
+    "weights": {"warmup": 0.9},
+    "chains": {},
+    "paper": {"arch_optimizer": "sgd", "budget_loss": "log_l1", "match_scale": False},
+    "parts": {"micro_batches": 2},
+}
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("name", "stage"), [("mobilenet_v2", "chains"), *(("resnet18", stage) for stage in STAGES)]
+)
+def test_replayed_steps_are_those_of_passes(name, stage):
+    """One batch in between is of another size."""
+    captured, ordinary, run = twins(NETWORKS[name], **STAGES[stage])
+    calls = []
+    captured.net.register_forward_hook(lambda *_: calls.append(1))
+    metrics = [run(search, [4, 4, 4, 4, 6, 4, 4, 4]) for search in (captured, ordinary)]
+    both = {"widest", "narrowest"}
+    assert captured.cuda_graphs.captured == (
+        both if stage == "weights" else {*both, "architecture"}
+    )
+    for metric, wanted in metrics[1].items():
+        torch.testing.assert_close(metrics[0][metric], wanted, rtol=1e-4, atol=1e-5, msg=metric)
+    assert_same_search(captured, ordinary)
+    calls.clear()
+    run(captured, [4])
+    parts = captured.options.micro_batches
+    assert len(calls) == parts * captured.options.random_subnets, "no other pass runs Python"
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_replayed_steps_in_half_precision(precision):
+    still = Schedule(peak=1e-5)
+    options = {"precision": precision, "lr": still, "arch_lr": still, "momentum": 0.0}
+    captured, ordinary, run = twins(NETWORKS["resnet18"], torch.float32, **options)
+    metrics = [run(search, [4] * 8) for search in (captured, ordinary)]
+    assert len(captured.cuda_graphs.captured) == 3
+    for name, wanted in metrics[1].items():
+        assert float(metrics[0][name]) == pytest.approx(float(wanted), rel=0.02, abs=0.01), name
+    for buffer in ("gradients", "arch_gradients"):
+        got, wanted = (getattr(search, buffer).flat[0] for search in (captured, ordinary))
+        # Rounding moves values across the kinks of activations; the direction stays.
+        assert torch.cosine_similarity(got, wanted, dim=0) >= 0.8, buffer
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_graphs_go_on_from_a_checkpoint():
+    captured, ordinary, run = twins(NETWORKS["resnet18"])
+    run(captured, [4] * 5)
+    state = copy.deepcopy(captured.state_dict())
+    run(captured, [4] * 3)
+    captured.load_state_dict(state)
+    assert len(captured.cuda_graphs.captured) == 3
+    ordinary.load_state_dict(state)
+    for search in (captured, ordinary):
+        run(search, [4] * 3)
+    assert_same_search(captured, ordinary)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_replays_take_no_memory():
+    captured, _, run = twins(NETWORKS["resnet18"])
+    run(captured, [4] * 6)
+    taken = []
+    for _ in range(20):
+        run(captured, [4])
+        torch.cuda.synchronize()
+        taken.append(torch.cuda.memory_allocated())
+    assert len(set(taken)) == 1
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_passes_that_a_graph_would_change_stay_ordinary():
+    captured, ordinary, run = twins(Auxiliary)
+    with pytest.warns(
+        UserWarning, match=r"the widest pass is not replayed: .*model.auxiliary.bias"
+    ):
+        run(captured, [4] * 8)
+    run(ordinary, [4] * 8)
+    assert "widest" not in captured.cuda_graphs.captured
+    assert_same_search(captured, ordinary)

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +34,10 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(run_ranks: Callable[[str, object], None], tmp_path_factory: Any) -> Path:
     """The run of both ranks: two processes that talk through gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        variables = {name: str(value) for name, value in torchrun.items()}
-        environment = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1"}
-        ranks.append(subprocess.Popen([sys.executable, PROGRAM, folder], env=environment))
-    try:
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    run_ranks(str(PROGRAM), folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What one of the processes of a run measures: ``python two_ranks.py <folder>`` under RANK etc.
+"""What one of the processes of a run measures: ``python two_ranks.py <folder> <rank> <port>``.
 
 Saves its findings to ``<folder>/<rank>.pt``; test_distributed.py compares them with one process.
 """
@@ -6,6 +6,7 @@ Saves its findings to ``<folder>/<rank>.pt``; test_distributed.py compares them 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -232,4 +233,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place, rank, port = sys.argv[1:]
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    main(Path(place))
