@@ -29,8 +29,9 @@ class Problem:
     """The network's chains, its MACs and the gradients that come in."""
 
     def __init__(self, device: torch.device) -> None:
-        model = dmcp.models.mobilenet_v2(width=1.5)
-        net = dmcp.MarkovNet(model, torch.zeros(1, 3, 224, 224), groups=15, divisor=1)
+        with torch.device("meta"):  # traced without data, which is quick
+            model = dmcp.models.mobilenet_v2(width=1.5)
+            net = dmcp.MarkovNet(model, torch.zeros(1, 3, 224, 224), groups=15, divisor=1)
         self.cost = dmcp.cost(net.graph)
         self.table: CostTable = net.cost_table([self.cost]).to(device)
         self.choices = [unit.choices for unit in net.graph.units]

@@ -1,4 +1,5 @@
 // The node of dmcp/ops/conv_norm_act.py: a convolution and everything up to the next one.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -16,25 +17,16 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What is no tensor, and comes back in the backward.
-struct Plan {
-  static constexpr int kNumbers = 10;  // of the convolution
+// What comes back in the backward beside saved tensors.
+struct State : torch::CustomClassHolder {
   Convolution conv;
   std::vector<int64_t> widths;  // empty: all, and gradients are autograd's
-
-  c10::IValue packed() const {
-    const auto& [inputs, kernel, stride, padding, dilation, depthwise] = conv;
-    std::vector<int64_t> numbers{inputs,     kernel[0],  kernel[1],   stride[0],   stride[1],
-                                 padding[0], padding[1], dilation[0], dilation[1], depthwise};
-    numbers.insert(numbers.end(), widths.begin(), widths.end());
-    return numbers;
-  }
-
-  static Plan unpacked(const c10::IValue& value) {
-    const std::vector<int64_t> n = value.toIntVector();
-    return {{n[0], {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6]}, {n[7], n[8]}, n[9] != 0},
-            {n.begin() + kNumbers, n.end()}};
-  }
+  std::vector<int64_t> sizes;   // of x
+  double eps;
+  Act act;
+  bool has_residual;
+  // Unless widths are empty: saved tensors need not come back as the leaves that hold gradients.
+  Tensor weight, norm_weight, norm_bias;
 };
 
 Tensor channels_last(const Tensor& image) {
@@ -47,26 +39,28 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& norm_weight,
                         const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
-                        const std::optional<Tensor>& residual, const Norm& norm, const Plan& plan) {
+                        const std::optional<Tensor>& residual, const Norm& norm,
+                        const Convolution& conv, at::IntArrayRef widths) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Products products(plan.conv, x.sizes());
-    const Tensor z = products.output(x, products.cut(weight, plan.widths));
+    const Products products(conv, x.sizes());
+    const Tensor z = products.output(x, products.cut(weight, widths));
     auto [y, moments] = normalise(z, norm);
     const Tensor kept = weight.requires_grad() ? x : Tensor();
     const Tensor before = norm.place == Residual::before ? norm.residual : Tensor();
     ctx->save_for_backward({kept, weight, z, moments, norm.weight, norm.bias, norm.scale, before});
-    auto& data = ctx->saved_data;
-    data["plan"] = plan.packed();
-    data["sizes"] = x.sizes();
-    data["eps"] = norm.eps;
-    data["act"] = static_cast<int64_t>(norm.act);
-    data["residual"] = norm.residual.defined();
-    if (!plan.widths.empty()) {
-      // Saved tensors need not come back as the leaves that hold the gradients.
-      data["weight"] = weight;
-      data["norm_weight"] = norm_weight;
-      data["norm_bias"] = norm_bias;
+    auto state = c10::make_intrusive<State>();
+    state->conv = conv;
+    state->widths = widths.vec();
+    state->sizes = x.sizes().vec();
+    state->eps = norm.eps;
+    state->act = norm.act;
+    state->has_residual = norm.residual.defined();
+    if (!widths.empty()) {
+      state->weight = weight;
+      state->norm_weight = norm.weight;
+      state->norm_bias = norm.bias;
     }
+    ctx->saved_data["state"] = c10::IValue::make_capsule(std::move(state));
     return y;
   }
 
@@ -75,37 +69,36 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
     // Whoever hooks saved tensors may give them back with other strides.
     const Tensor x = channels_last(saved[0]), z = channels_last(saved[2]);
     const Tensor &weight = saved[1], &moments = saved[3];
-    auto& data = ctx->saved_data;
-    const Plan plan = Plan::unpacked(data["plan"]);
-    const std::vector<int64_t> sizes = data["sizes"].toIntVector();
+    const auto capsule = ctx->saved_data["state"].toCapsule();
+    const State& state = static_cast<const State&>(*capsule);
     Norm norm{saved[4], saved[5], saved[6], saved[7]};
-    norm.eps = data["eps"].toDouble();
-    norm.act = static_cast<Act>(data["act"].toInt());
+    norm.eps = state.eps;
+    norm.act = state.act;
 
     Wanted wanted(*ctx);
     const bool wants_x = wanted.next(), wants_weight = wanted.next();
     const bool wants_gain = wanted.next(norm.weight.defined());
     const bool wants_bias = wanted.next(norm.bias.defined());
     const bool wants_scale = wanted.next(norm.scale.defined());
-    const bool wants_residual = wanted.next(data["residual"].toBool());
-    const bool in_autograd = plan.widths.empty();
+    const bool wants_residual = wanted.next(state.has_residual);
+    const bool in_autograd = state.widths.empty();
 
-    variable_list found(8);
+    variable_list found(9);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const auto leaf_gradient = [&](const char* name, bool wants_it) {
-        return wants_it && !in_autograd ? gradient_of(data[name].toTensor()) : Tensor();
+      const auto leaf_gradient = [&](const Tensor& leaf, bool wants_it) {
+        return wants_it && !in_autograd ? gradient_of(leaf) : Tensor();
       };
-      Tensor into = leaf_gradient("weight", wants_weight);
+      Tensor into = leaf_gradient(state.weight, wants_weight);
       if (in_autograd && wants_weight)
         into = found[1] = at::zeros_like(weight, {}, at::MemoryFormat::ChannelsLast);
       const Gradients all =
-          gradients(grads[0], z, moments, norm, leaf_gradient("norm_weight", wants_gain),
-                    leaf_gradient("norm_bias", wants_bias), wants_x || wants_weight);
-      const Products products(plan.conv, sizes);
-      const Tensor cut = products.cut(weight, plan.widths);
-      if (wants_x) found[0] = products.grad_input(all.x, cut, sizes);
-      if (into.defined()) products.add_grad_weight(all.x, x, cut, products.cut(into, plan.widths));
+          gradients(grads[0], z, moments, norm, leaf_gradient(state.norm_weight, wants_gain),
+                    leaf_gradient(state.norm_bias, wants_bias), wants_x || wants_weight);
+      const Products products(state.conv, state.sizes);
+      const Tensor cut = products.cut(weight, state.widths);
+      if (wants_x) found[0] = products.grad_input(all.x, cut, state.sizes);
+      if (into.defined()) products.add_grad_weight(all.x, x, cut, products.cut(into, state.widths));
       if (in_autograd && wants_gain) found[2] = all.sums.select(0, 1);
       if (in_autograd && wants_bias) found[3] = all.sums.select(0, 0);
       if (wants_scale) found[4] = all.sums.select(0, 2);
@@ -118,10 +111,16 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
 
 Pair pair(at::IntArrayRef values) { return {values[0], values[1]}; }
 
+// As autocast gives it to a convolution.
+Tensor as_autocast(const Tensor& x) {
+  if (x.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(at::kCPU)) return x;
+  return x.to(at::autocast::get_autocast_dtype(at::kCPU));
+}
+
 // None where the arguments are not what the node takes: whoever calls finds out why, or how to do
 // without it.
 std::optional<Tensor> conv_norm_act(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm_weight,
+    const Tensor& given, const Tensor& weight, const std::optional<Tensor>& norm_weight,
     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& residual, const std::optional<Tensor>& running_mean,
     const std::optional<Tensor>& running_var, int64_t inputs, at::IntArrayRef kernel,
@@ -131,14 +130,19 @@ std::optional<Tensor> conv_norm_act(
                             momentum, eps, act, before);
   const Convolution conv{inputs,        pair(kernel),   pair(stride),
                          pair(padding), pair(dilation), depthwise};
-  const Plan plan{conv, widths ? widths->vec() : std::vector<int64_t>()};
-  if (!has_kernels(x) || x.dim() != 4 || !x.is_contiguous(at::MemoryFormat::ChannelsLast) ||
-      weight.dim() != 4 || !weight.is_cpu() || weight.scalar_type() != vector_dtype(x))
+  const at::IntArrayRef lengths = widths.value_or(at::IntArrayRef());
+  const Tensor x = as_autocast(given);
+  if (!has_kernels(x) || x.dim() != 4 || weight.dim() != 4 ||
+      !x.is_contiguous(at::MemoryFormat::ChannelsLast) || !weight.is_cpu() ||
+      weight.scalar_type() != vector_dtype(x))
     return std::nullopt;
+  // One channel is channels last in every layout: which one is meant, it does not say.
+  if (x.size(1) == 1) return std::nullopt;
   const Products products(conv, x.sizes());
-  const auto sizes = products.output_sizes(x, products.cut(weight, plan.widths));
-  if (!sizes || !takes(*sizes, x, norm, /*is_prefix=*/!plan.widths.empty())) return std::nullopt;
-  return ConvNormAct::apply(x, weight, norm_weight, norm_bias, scale, residual, norm, plan);
+  const auto sizes = products.output_sizes(x, products.cut(weight, lengths));
+  if (!sizes || !takes(*sizes, x, norm, /*is_prefix=*/!lengths.empty())) return std::nullopt;
+  return ConvNormAct::apply(x, weight, norm_weight, norm_bias, scale, residual, norm, conv,
+                            lengths);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "nodes/norm_act.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -88,8 +89,23 @@ class Updated {
   Tensor given_, dense_;
 };
 
+template <typename S>
+void add_values(const S* values, int64_t count, int64_t stride, S* to) {
+  for (int64_t i = 0; i < count; ++i) to[i * stride] += values[i];
+}
+
 void add_row(const Tensor& target, const Tensor& sums, int64_t index) {
-  if (target.defined()) target.narrow(0, 0, sums.size(1)).add_(sums.select(0, index));
+  if (!target.defined()) return;
+  const int64_t count = sums.size(1), stride = target.stride(0);
+  if (target.scalar_type() != sums.scalar_type()) {
+    target.narrow(0, 0, count).add_(sums.select(0, index));
+    return;
+  }
+  // Views and operators take longer than the sums of a layer.
+  AT_DISPATCH_FLOATING_TYPES(sums.scalar_type(), "add_row", [&] {
+    add_values(sums.const_data_ptr<scalar_t>() + index * count, count, stride,
+               target.mutable_data_ptr<scalar_t>());
+  });
 }
 
 // Whether a vector has the values of so many channels of x, or more where they may be a prefix.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dmcp.errors import TraceError
 from dmcp.nn.axis import Axis, scale_channels, select
 from dmcp.nn.chain import MarkovChain, PassState
+from dmcp.nn.tensors import held
 from dmcp.ops import Activation, ResidualPlace, norm_act, norm_act_reference
 from dmcp.ops.norm_act_eager import stats_dtype
 from dmcp.train.distributed import World
@@ -163,6 +164,7 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         """What `forward` computes where nothing in front of this module has."""
         self._check_input_dim(x)
         now = self.now()
+        self.count(now)
         weight, bias = select(self.weight, 0, now.keep), select(self.bias, 0, now.keep)
         dtype = stats_dtype(x) if weight is None else weight.dtype
         options: dict[str, Any] = {
@@ -188,31 +190,35 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         return self.sync_world is not None and self.sync_world.size > 1
 
     def now(self) -> NormPass:
-        """What a pass computes now; counts the batch if it moves the running statistics."""
+        """What a pass computes now."""
         axis = self._axes[0]
         keep = axis.keep() if axis is not None else None
         mask = axis.mask if axis is not None else None
         whole = keep is None and mask is None and self.state.tracks
-        momentum = self._momentum() if whole else 0.0
         own_stats = self.track_running_stats if self.training and whole else not self.training
-        mean, var = (self.running_mean, self.running_var) if own_stats else (None, None)
+        mean = held(self, "running_mean") if own_stats else None
+        var = held(self, "running_var") if own_stats else None
         return NormPass(
             keep,
             select(mask, 0, keep) if self.masks else None,
             select(mean, 0, keep),
             select(var, 0, keep),
             self.training or mean is None,
-            momentum,
+            self._momentum() if self.training and mean is not None else 0.0,
         )
 
+    def count(self, now: NormPass) -> None:
+        """Once for every pass: count the batch if it moves the running statistics."""
+        tracked = held(self, "num_batches_tracked")
+        if now.training and now.mean is not None and tracked is not None:
+            tracked.add_(1)
+
     def _momentum(self) -> float:
-        """Weight of this batch in the running statistics; counts the batch."""
-        if not self.training or self.num_batches_tracked is None:
+        """Weight of this batch in the running statistics."""
+        tracked = held(self, "num_batches_tracked")
+        if tracked is None:
             return 0.0
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            return 1.0 / float(self.num_batches_tracked)
-        return self.momentum
+        return 1.0 / (float(tracked) + 1) if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

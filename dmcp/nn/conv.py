@@ -14,8 +14,9 @@ from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, cut, length, may_accumulate, prefix_lengths, scale_channels
 from dmcp.nn.batchnorm import ACTIVATIONS, MarkovBatchNorm2d
 from dmcp.nn.chain import MarkovChain, PassState
-from dmcp.nn.tensors import as_autocast, held
+from dmcp.nn.tensors import held
 from dmcp.ops import ResidualPlace
+from dmcp.ops.autocast import in_autocast
 from dmcp.ops.conv_norm_act import Norm, conv_norm_act
 from dmcp.ops.convolution import Convolution
 from dmcp.ops.norm_act import Options, check_residual_place
@@ -155,14 +156,12 @@ class MarkovConv2d(nn.Conv2d):
         leads = norm is not self.norm
         if leads and (self._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks):
             return None  # somebody looks at what is in between
-        conv = self._geometry(x)
+        if x.dtype not in (torch.float32, torch.float64) and not in_autocast(x):
+            return None  # what PyTorch would refuse
+        conv = self._geometry()
         if conv is None:
             return None
-        x, dtype = as_autocast(x)
         weight, gain, bias = held(self, "weight"), held(norm, "weight"), held(norm, "bias")
-        statistics = held(norm, "running_mean"), held(norm, "running_var")
-        if not _are(dtype, x.device, weight, gain, bias, *statistics):
-            return None
         assert weight is not None
         now = norm.now()
         inputs, widths = self._inputs(x, now.keep), None
@@ -177,16 +176,16 @@ class MarkovConv2d(nn.Conv2d):
         scale = None if now.scale is None else now.scale.to(weight.dtype)
         tensors = Norm(gain, bias, scale, residual, now.mean, now.var)
         y = conv_norm_act(x, weight, tensors, conv, options, widths)
+        if y is None:
+            return None
+        norm.count(now)
         if leads:
             norm.handed.give(y)
         return y
 
-    def _geometry(self, x: Tensor) -> Convolution | None:
+    def _geometry(self) -> Convolution | None:
         """What `conv_norm_act` is told of the convolution; None if it takes no such one."""
-        if self.bias is not None or self.padding_mode != "zeros" or x.ndim != 4 or not x.numel():
-            return None
-        # One channel is channels last in every layout: which one is meant, it does not say.
-        if x.shape[1] == 1 or not x.is_contiguous(memory_format=torch.channels_last):
+        if held(self, "bias") is not None or self.padding_mode != "zeros":
             return None
         shape = (self.kernel_size, self.stride, self.padding, self.dilation)
         return _convolution(self.in_channels, self.out_channels, self.groups, *shape)
@@ -225,13 +224,6 @@ class MarkovConv2d(nn.Conv2d):
         elif outputs is not None or channels != self.in_channels:
             raise ConfigError(f"a convolution with groups={self.groups} cannot be narrowed")
         return None
-
-
-def _are(dtype: torch.dtype, device: torch.device, *tensors: Tensor | None) -> bool:
-    """Whether there are kernels for these parameters and statistics."""
-    if dtype not in (torch.float32, torch.float64):
-        return False
-    return all(t is None or (t.dtype == dtype and t.device == device) for t in tensors)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dmcp.errors import ConfigError
 from dmcp.nn.axis import Axis, cut, may_accumulate, prefix_lengths, scale_channels
 from dmcp.nn.chain import MarkovChain, PassState
-from dmcp.nn.tensors import as_autocast
+from dmcp.ops.autocast import as_autocast
 from dmcp.ops.linear import accumulating_linear
 
 
@@ -86,5 +86,4 @@ class MarkovLinear(nn.Linear):
         widths = prefix_lengths(self.weight, (outputs, inputs))
         if widths is None or not may_accumulate(self.weight, self.bias):
             return None
-        x, _ = as_autocast(x)
-        return accumulating_linear(x, self.weight, self.bias, widths)
+        return accumulating_linear(as_autocast(x), self.weight, self.bias, widths)

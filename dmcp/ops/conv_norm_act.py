@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dmcp.ops.autocast import as_autocast
 from dmcp.ops.convolution import Convolution, products
 from dmcp.ops.layout import gradient_of, prefix
 from dmcp.ops.library import has_node, op
@@ -39,11 +40,11 @@ def conv_norm_act(
     conv: Convolution,
     options: Options,
     widths: tuple[int, ...] | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """Convolve, normalise by the statistics of the batch, activate, scale, add.
 
     Args:
-        x: [N, C, H, W], channels last.
+        x: [N, C, H, W], channels last; cast first where ``torch.autocast`` is on.
         weight: [O, C or 1, kh, kw], of the dtype of the norm's parameters.
         norm: tensors of the norm.
         conv: the rest of the convolution.
@@ -54,7 +55,8 @@ def conv_norm_act(
             their gradients are autograd's.
 
     Returns:
-        y [N, O, H', W'], of the dtype of ``x``, channels last.
+        y [N, O, H', W'], of the dtype of ``x``, channels last; None where there are no kernels for
+        these tensors: another layout, other dtypes or devices than theirs.
 
     Raises:
         ValueError: fewer than two values per channel, or a residual that does not fit.
@@ -65,6 +67,9 @@ def conv_norm_act(
         )
         if y is not None:
             return y
+    x = as_autocast(x)
+    if not _takes(x, weight, norm):
+        return None
     if norm.running_mean is not None and norm.running_var is not None:
         # Ops do not count what they write; a backward that saved these has to notice.
         torch.autograd.graph.increment_version((norm.running_mean, norm.running_var))
@@ -135,6 +140,17 @@ class _ConvNormAct(torch.autograd.Function):
             grad_residual if needed[5] else None,
             *(None,) * 5,
         )
+
+
+def _takes(x: Tensor, weight: Tensor, norm: Norm) -> bool:
+    # One channel is channels last in every layout: which one is meant, it does not say.
+    if x.ndim != 4 or x.shape[1] == 1 or not x.numel():
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    tensors = (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(t is None or (t.dtype == dtype and t.device == x.device) for t in tensors)
 
 
 def _cut(vector: Tensor | None, widths: tuple[int, ...] | None) -> Tensor | None:

@@ -221,7 +221,8 @@ class Search(ChainSearch):
     ) -> dict[str, Tensor]:
         scale = self._deviation(torch.cat(teachers)) if self.options.match_scale else None
         losses = []
-        with self._masked_pass(slack) as budget:
+        # Nothing accumulates, as the weights are frozen; but the operators that could are quicker.
+        with self._masked_pass(slack) as budget, self.net.accumulating():
             for part in batch:
                 with self.precision.autocast():
                     loss = self._masked_loss(part, scale)

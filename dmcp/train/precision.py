@@ -51,6 +51,8 @@ class MixedPrecision:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update parameters by their scaled gradients."""
+        if self._scaler.is_enabled():
+            _begin_momentum(optimizer)
         self._scaler.step(optimizer)
 
     def update(self) -> None:
@@ -73,3 +75,15 @@ class MixedPrecision:
         scaler = {key: value for key, value in state.items() if key != "precision"}
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(scaler)
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """A fused SGD whose first step is left out keeps memory that nobody wrote as its momentum, and
+    adds it to the weights in the second one. From zeros the first step is what it would be."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)

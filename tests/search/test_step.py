@@ -502,7 +502,7 @@ def test_replayed_steps_are_those_of_passes(name, stage):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_replayed_steps_in_half_precision(precision):
     still = Schedule(peak=1e-5)
-    options = {"precision": precision, "lr": still, "arch_lr": still, "momentum": 0.0}
+    options = {"precision": precision, "lr": still, "arch_lr": still}
     captured, ordinary, run = twins(NETWORKS["resnet18"], torch.float32, **options)
     metrics = [run(search, [4] * 8) for search in (captured, ordinary)]
     assert len(captured.cuda_graphs.captured) == 3
