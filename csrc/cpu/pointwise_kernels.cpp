@@ -583,15 +583,18 @@ void grad_weight_of_blocks(const Pointwise& conv, Pitched<const T> grad, Pitched
     else
       lay_panel(contraction, x.data + i, x.pitch, conv.inputs - i, b + i * contraction.pitch);
   });
-  const int64_t blocks = blocks_of(conv.outputs, kBlockRows), tiles = blocks_of(panels, kPanels);
+  // As equal as whole panels allow, and along the rows of the result, which lie behind each other.
+  const int64_t block_panels = blocks_of(row_panels, blocks_of(conv.outputs, kBlockRows));
+  const int64_t block_rows = block_panels * kColumns, blocks = blocks_of(row_panels, block_panels);
+  const int64_t tiles = blocks_of(panels, kPanels);
   const int64_t job_tiles = larger(1, smaller(tiles, blocks * tiles / kJobs));
-  const int64_t job_columns = job_tiles * kPanels * kColumns,
-                row_jobs = blocks_of(tiles, job_tiles);
+  const int64_t job_columns = job_tiles * kPanels * kColumns;
+  const int64_t row_jobs = blocks_of(tiles, job_tiles);
   const int64_t work = conv.rows * conv.inputs * conv.outputs / kWordsPerElement;
   for_blocks(blocks * row_jobs, work, Direction::forwards, [=](int64_t job) {
-    const int64_t o = job / row_jobs * kBlockRows, i = job % row_jobs * job_columns;
+    const int64_t o = job / row_jobs * block_rows, i = job % row_jobs * job_columns;
     const int64_t columns = smaller(conv.inputs - i, job_columns);
-    multiply_panels(contraction, a + o * contraction.pitch, smaller(conv.outputs - o, kBlockRows),
+    multiply_panels(contraction, a + o * contraction.pitch, smaller(conv.outputs - o, block_rows),
                     b + i * contraction.pitch,
                     Target<float>{into.data + o * into.pitch + i, into.pitch, columns, add});
   });
