@@ -3,9 +3,10 @@
     python bench/iteration.py --model mobilenet_v2-1.5 resnet18 --stage 1 2 --json iteration.json
     python bench/iteration.py --scaling
 
-Every rival (`iteration_rivals.py`) trains the same network from the same weights on the same batch,
-with the same sequence of random widths, and is first held against float64. They take turns, sweep
-by sweep; times are medians, ratios medians over the ratios within a sweep.
+Every rival (`iteration_rivals.py`) trains the same network from the same weights on the same batch
+and is first held against float64, ``graphs`` with its passes run ordinarily, not replayed. All but
+``graphs`` and ``float32``, which draw their own random widths, take those that ``ours`` drew. They
+take turns, sweep by sweep; times are medians, ratios medians over the ratios within a sweep.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class Case:
     dtype: str
     stage: int
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+    def autocast(self, device: torch.device, *, enabled: bool = True) -> torch.autocast:
+        enabled = enabled and self.dtype == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def network_of(model: str) -> nn.Module:
@@ -163,7 +165,7 @@ def stepper(case: Case, rival: Rival, images: Tensor, labels: Tensor, device: to
     images = images.to(memory_format=rival.memory_format)
 
     def step() -> None:
-        with case.autocast(device):
+        with case.autocast(device, enabled=not rival.in_float32):
             rival.step(images, labels)
 
     return step
@@ -247,7 +249,7 @@ def passes(
         losses: list[Tensor] = []
 
         def forward(name: str = name, losses: list[Tensor] = losses) -> None:
-            with case.autocast(device):
+            with case.autocast(device, enabled=not rival.in_float32):
                 losses.append(rival.loss(name, images, labels, teacher))
 
         def backward(losses: list[Tensor] = losses) -> None:
@@ -331,6 +333,8 @@ def main() -> None:
     offered = [name for name in RIVALS if name != "graphs" or device.type == "cuda"]
     if not set(given.rivals or ()) <= set(offered):
         parser.error("the rival graphs needs --device cuda")
+    if "bfloat16" not in given.dtype:
+        offered.remove("float32")
     setup = {"malloc": keep_freed_memory()}
     if device.type == "cpu" and "bfloat16" in given.dtype:
         setup["onednn"] = make_bfloat16_work()

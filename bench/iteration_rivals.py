@@ -2,6 +2,7 @@
 
 * ``ours``: `dmcp.Search.step`;
 * ``graphs``: the same with ``cuda_graphs``, on CUDA alone;
+* ``float32``: the same without autocast, beside ``ours`` in half precision;
 * ``published``: the way of the paper's released code: NCHW; the mask moves the channels to the
   front and back; the architecture pass computes the gradients of the weights too; expected MACs
   layer by layer and Markov sampling group by group on the host; losses and accuracies are read
@@ -10,6 +11,9 @@
   frozen weights, expected MACs in closed form, fused optimisers, nothing read by the host;
 * ``compile``: ``eager`` with its fixed-width passes (widest, narrowest, architecture) under
   ``torch.compile``. Random widths stay eager, as each of them would be compiled anew.
+
+``graphs`` and ``float32`` draw their own random widths, from the same seed but from chains that may
+have gone another way; all others take those of ``ours``.
 
 Where the released code does other mathematics, ``published`` does it our way: a mask stands in
 front of every dense layer, once (there, both expansion and depthwise convolution of MobileNetV2 are
@@ -76,10 +80,12 @@ class Rival(Protocol):
 
     Attributes:
         warm_up: iterations that it takes, besides those of every rival, to run as it will.
+        in_float32: whatever the case asks for.
     """
 
     memory_format: torch.memory_format
     warm_up: int
+    in_float32: bool
     model: nn.Module
     graph: ChannelGraph
 
@@ -100,6 +106,7 @@ class Rival(Protocol):
 class Ours:
     memory_format = torch.channels_last
     warm_up = 0
+    in_float32 = False
     cuda_graphs = False
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, stage: int) -> None:
@@ -148,6 +155,12 @@ class Graphs(Ours):
 
     warm_up = WARM_UP
     cuda_graphs = True
+
+
+class Float32(Ours):
+    """What half precision is held against, in the same turns. Draws its own random widths, too."""
+
+    in_float32 = True
 
 
 # --- Sliced networks ------------------------------------------------------------------------------
@@ -235,6 +248,7 @@ class Sliced:
 
     memory_format = torch.channels_last
     warm_up = 0
+    in_float32 = False
     fused = True
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, stage: int) -> None:
@@ -579,6 +593,7 @@ class Chains:
 RIVALS: dict[str, Callable[[nn.Module, ChannelGraph, int], Rival]] = {
     "ours": Ours,
     "graphs": Graphs,
+    "float32": Float32,
     "published": Published,
     "eager": Eager,
     "compile": Compiled,
@@ -627,7 +642,7 @@ class Gate:
         """Compare a rival that has these weights and is to be timed, in float32.
 
         Its mathematics is checked on a float64 twin; that of ``compile`` is that of ``eager``, that
-        of ``graphs`` that of ``ours``.
+        of ``graphs`` that of ``ours``: its passes are run ordinarily here, not replayed.
 
         Returns:
             By dtype and pass: the error of the loss and the gradients of the weights, in the

@@ -1,9 +1,9 @@
-"""How long an iteration of a search takes at least, by its operations and bytes.
+"""How long an iteration of a search would take at the speeds of the machine.
 
-A floor for the times of `iteration.py`. An iteration is taken apart into operations; each takes at
-least the longer of two times: its multiply-accumulates at the speed of a large matrix product, and
-the bytes it has to move at the speed of a copy. Both speeds are measured in the same run, with the
-same device, threads and dtype. The floor is the sum over all operations.
+An estimate of the floor under the times of `iteration.py`. An iteration is taken apart into
+operations; each counts with the longer of two times: its multiply-accumulates at the speed of a
+large matrix product, and the bytes it has to move at the speed of a copy. Both speeds are measured
+in the same run, with the same device, threads and dtype. The floor is the sum over all operations.
 
 **Operations** are what a library computes in one go, and what is between them goes through memory.
 In accesses of every number of a tensor, as fused by hand and not across operations:
@@ -23,19 +23,26 @@ Activations are of the case's dtype; weights are read in it and have gradients, 
 in float32. The architecture pass has two products for three, as weights are frozen there. The
 random sub-networks are those that ours drew in this very run. Nothing counts for what is small or
 can be had on the way: losses, expected costs, casts of weights, sums of gradients where branches
-meet, α and its optimizer, views, and every call itself. That keeps the floor below what is
-possible; an implementation that fuses across operations (statistics in the convolution that feeds
-the norm) might go below it.
+meet, α and its optimizer, views, and every call itself. All of that keeps the floor low.
+
+**It is no strict bound.** An implementation may go below it where
+
+* it fuses across operations (statistics in the convolution that feeds the norm);
+* it mostly reads: a CPU's copy also reads the lines that it writes, which is not counted, so that
+  reads may be up to 1.5 times as fast as the counted speed;
+* its tensors are far smaller than the smallest copy, 1 MiB, and stay in the nearest caches;
+* a convolution is computed with fewer multiplications than the MACs counted (Winograd's).
 
 **The product** is PyTorch's or `dmcp`'s, whichever is faster: in bfloat16 on a CPU they differ by a
 factor. On a GPU, float32 may be rounded as convolutions are allowed to round it there.
 
 **The copy** is one of a tensor as large as the largest of the operation, again and again between
 the same two places. There is no single bandwidth: the tensors of small images stay in caches, where
-a copy is several times as fast as from main memory, and a floor that took main memory's speed would
-be no floor. So copies of several sizes are measured, and an operation gets the fastest of those
+a copy is several times as fast as from main memory, and a floor at main memory's speed would be too
+high for them. So copies of several sizes are measured, and an operation gets the fastest of those
 that are not smaller than its tensors. An iteration is not so lucky: between forward and backward,
-all other layers' tensors come along and take the cache. That is part of what is missing to 100 %.
+all other layers' tensors come along and take the cache. That is part of what is missing to 100 %;
+calls, losses and kernels slower than a large product or a copy are others.
 """
 
 from __future__ import annotations
@@ -246,7 +253,7 @@ class Peaks:
     bytes_per_second: Mapping[int, float]
 
     def seconds(self, part: Part) -> tuple[float, float]:
-        """The least time of a part by its MACs, and by its bytes."""
+        """The time of a part by its MACs, and by its bytes."""
         largest = max(self.bytes_per_second)
         copies = self.bytes_per_second.items()
         fastest = max(speed for size, speed in copies if size >= min(part.largest, largest))
@@ -362,7 +369,7 @@ def plan(
 
 
 def floor(passes: Plan, peaks: Peaks) -> dict[str, Any]:
-    """The least time of an iteration, ready for JSON.
+    """The estimated least time of an iteration, ready for JSON.
 
     ``bound`` says which of both bounds the parts with most of that time, ``operations_share`` is
     the share of the time in parts that operations bound.

@@ -4,9 +4,11 @@
     python bench/scaling_figure.py
 
 A panel for each thing that changes, all others as the title says; on the same scale of time.
-A line through the batches gives the part of an iteration that does not depend on them. Images are
-counted in pixels, not by their side. Networks of other numbers of units differ in their arithmetic
-too, by far more, so that panel names each with its MACs and draws no line.
+The line through the batches is the straight one that fits the measured ones best. Its constant
+extrapolates to a batch of nothing; it is the part of an iteration that does not depend on the batch
+only where the points lie on the line. Images are counted in pixels, not by their side. Networks of
+other numbers of units differ in their arithmetic too, by far more, so that panel names each with
+its MACs and draws no line.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Row = Mapping[str, Any]
 
 
 def fit(rows: Sequence[Row]) -> tuple[float, float]:
-    """Least squares through the batches: milliseconds of every iteration, and of every image."""
+    """Least squares through the batches: constant in ms, and slope in ms an image."""
     slope, offset = np.polyfit([row["batch"] for row in rows], [_ms(row) for row in rows], 1)
     return float(offset), float(slope)
 

@@ -262,7 +262,7 @@ _PASSES = ("widest", "narrowest", "architecture")
 def render_iterations(cases: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """What `iteration.py` found: a section for each case."""
     caption = (
-        "×: time over ours, median over sweeps. of roofline: the least time by operations and "
+        "×: time over ours, median over sweeps. of roofline: a floor of the time by operations and "
         "bytes, at the speeds of a matrix product and a copy in the same sweep, over the time "
         "(`roofline.py`); in brackets which of both bounds most of it. calls: operators that reach "
         "a device's kernels; reads: waits of the host for numbers. Passes: forward + backward, ms. "

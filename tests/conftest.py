@@ -494,8 +494,9 @@ def run_ranks(module_launch: Launch) -> Callable[[str, object], None]:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         ranks = [module_launch(program, argument, rank, port) for rank in range(2)]
+        deadline = time.monotonic() + 120  # of both, as each waits for the other
         for process in ranks:
-            process.join(timeout=120)
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
         assert [process.exitcode for process in ranks] == [0, 0]
 
     return run

@@ -271,7 +271,7 @@ void lay_row(const Contraction& contraction, const float* from, float* to) {
       store(to + k,
             rounded(load(values), load(values + kColumns, static_cast<int>(left - kColumns))));
     else
-      store(to + k, rounded(left > 0 ? load(values, static_cast<int>(left)) : Words{}, Words{}));
+      store(to + k, rounded(load(values, static_cast<int>(left)), Words{}));
   }
 }
 
@@ -583,7 +583,7 @@ void grad_weight_of_blocks(const Pointwise& conv, Pitched<const T> grad, Pitched
     else
       lay_panel(contraction, x.data + i, x.pitch, conv.inputs - i, b + i * contraction.pitch);
   });
-  // As equal as whole panels allow, and along the rows of the result, which lie behind each other.
+  // About equal, in whole panels, and along the rows of the result, which lie behind each other.
   const int64_t block_panels = blocks_of(row_panels, blocks_of(conv.outputs, kBlockRows));
   const int64_t block_rows = block_panels * kColumns, blocks = blocks_of(row_panels, block_panels);
   const int64_t tiles = blocks_of(panels, kPanels);

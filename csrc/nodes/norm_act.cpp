@@ -97,7 +97,8 @@ void add_values(const S* values, int64_t count, int64_t stride, S* to) {
 void add_row(const Tensor& target, const Tensor& sums, int64_t index) {
   if (!target.defined()) return;
   const int64_t count = sums.size(1), stride = target.stride(0);
-  if (target.scalar_type() != sums.scalar_type()) {
+  const bool is_vector = target.dim() == 1 && target.size(0) >= count && (stride || count == 1);
+  if (!is_vector || target.scalar_type() != sums.scalar_type()) {
     target.narrow(0, 0, count).add_(sums.select(0, index));
     return;
   }

@@ -142,6 +142,7 @@ Tensor Products::cut(const Tensor& weight, at::IntArrayRef widths) const {
   const auto sizes = weight.sizes(), strides = weight.strides();
   const int64_t outputs = widths.empty() ? sizes[0] : widths[0];
   const int64_t inputs = widths.size() < 2 ? sizes[1] : widths[1];
+  TORCH_CHECK(outputs <= sizes[0] && inputs <= sizes[1], "widths ", widths, " of a weight ", sizes);
   if (way_ == Way::pointwise) return weight.as_strided({outputs, inputs}, {strides[0], strides[1]});
   if (outputs == sizes[0] && inputs == sizes[1]) return weight;
   return weight.as_strided({outputs, inputs, sizes[2], sizes[3]}, strides);

@@ -223,7 +223,7 @@ class _Check:
         return _Error(forward, gradient, self._difference_in_training(small, zeroed))
 
     def _run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
         inputs, keywords = tree_map_only(Tensor, torch.clone, (self.inputs, self.keywords))
         outputs = model(*inputs, **keywords)
         return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

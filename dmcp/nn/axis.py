@@ -112,9 +112,11 @@ def cut(
 
 
 def may_accumulate(*parameters: Tensor | None) -> bool:
-    """Whether a backward can add their gradients to ``.grad``, or need not."""
+    """Whether those that want a gradient are leaves with a ``.grad`` that it can be added to."""
     for parameter in parameters:
-        if parameter is not None and parameter.requires_grad and parameter.grad is None:
+        if parameter is None or not parameter.requires_grad:
+            continue
+        if not parameter.is_leaf or parameter.grad is None:
             return False
     return True
 
@@ -122,13 +124,15 @@ def may_accumulate(*parameters: Tensor | None) -> bool:
 def prefix_lengths(
     tensor: Tensor, keeps: Sequence[slice | Tensor | None]
 ) -> tuple[int, ...] | None:
-    """How much of the first dimensions is kept; None if that is not a prefix of each."""
+    """How much of the first dimensions is kept; None if that is not a prefix of each, or is more
+    than there is."""
     lengths = list(tensor.shape[: len(keeps)])
     for dim, keep in enumerate(keeps[: len(lengths)]):
-        if isinstance(keep, slice):
-            lengths[dim] = keep.stop
-        elif keep is not None:
+        if keep is None:
+            continue
+        if not isinstance(keep, slice) or keep.stop > lengths[dim]:
             return None
+        lengths[dim] = keep.stop
     return tuple(lengths)
 
 

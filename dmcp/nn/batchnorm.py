@@ -164,7 +164,6 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         """What `forward` computes where nothing in front of this module has."""
         self._check_input_dim(x)
         now = self.now()
-        self.count(now)
         weight, bias = select(self.weight, 0, now.keep), select(self.bias, 0, now.keep)
         dtype = stats_dtype(x) if weight is None else weight.dtype
         options: dict[str, Any] = {
@@ -179,10 +178,13 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
             "eps": self.eps,
         }
         if self.is_synchronised:
-            return norm_act(x, weight, bias, synchronised=True, **options)
-        # A network that is in half precision throughout is left to PyTorch's own kernels.
-        compute = norm_act if dtype == stats_dtype(x) else norm_act_reference
-        return compute(x, weight, bias, **options)
+            y = norm_act(x, weight, bias, synchronised=True, **options)
+        else:
+            # A network that is in half precision throughout is left to PyTorch's own kernels.
+            compute = norm_act if dtype == stats_dtype(x) else norm_act_reference
+            y = compute(x, weight, bias, **options)
+        self.count(now)
+        return y
 
     @property
     def is_synchronised(self) -> bool:
@@ -208,17 +210,18 @@ class MarkovBatchNorm2d(nn.BatchNorm2d):
         )
 
     def count(self, now: NormPass) -> None:
-        """Once for every pass: count the batch if it moves the running statistics."""
+        """Once for every pass, when it is done: count the batch if it has moved the running
+        statistics."""
         tracked = held(self, "num_batches_tracked")
         if now.training and now.mean is not None and tracked is not None:
             tracked.add_(1)
 
     def _momentum(self) -> float:
         """Weight of this batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
         tracked = held(self, "num_batches_tracked")
-        if tracked is None:
-            return 0.0
-        return 1.0 / (float(tracked) + 1) if self.momentum is None else self.momentum
+        return 0.0 if tracked is None else 1.0 / (float(tracked) + 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

@@ -156,9 +156,8 @@ class MarkovConv2d(nn.Conv2d):
         leads = norm is not self.norm
         if leads and (self._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks):
             return None  # somebody looks at what is in between
-        if x.dtype not in (torch.float32, torch.float64) and not in_autocast(x):
-            return None  # what PyTorch would refuse
-        conv = self._geometry()
+        # Before any parameter is touched: getting at one may compute it.
+        conv = self._geometry() if _suits(x) else None
         if conv is None:
             return None
         weight, gain, bias = held(self, "weight"), held(norm, "weight"), held(norm, "bias")
@@ -226,6 +225,18 @@ class MarkovConv2d(nn.Conv2d):
         return None
 
 
+def _suits(x: Tensor) -> bool:
+    """Whether x is laid out for `conv_norm_act`, in a dtype that it takes with such parameters."""
+    # One channel is channels last in every layout: which one is meant, it does not say.
+    if x.ndim != 4 or x.shape[1] == 1 or not x.numel():
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if x.dtype in (torch.float32, torch.float64):
+        return True
+    return x.is_floating_point() and in_autocast(x)
+
+
 @cache
 def _convolution(
     inputs: int,
@@ -240,6 +251,8 @@ def _convolution(
     depthwise = groups == inputs == outputs
     if isinstance(padding, str) or (groups != 1 and not depthwise):
         return None
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        return None  # PyTorch says what is wrong
     return Convolution(inputs, kernel, stride, padding, dilation, depthwise)  # type: ignore[arg-type]
 
 

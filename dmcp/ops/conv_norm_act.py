@@ -44,7 +44,8 @@ def conv_norm_act(
     """Convolve, normalise by the statistics of the batch, activate, scale, add.
 
     Args:
-        x: [N, C, H, W], channels last; cast first where ``torch.autocast`` is on.
+        x: [N, C, H, W], channels last, with values, C > 1 (one channel is channels last in every
+            layout: which one is meant, it does not say); cast first where autocast is on.
         weight: [O, C or 1, kh, kw], of the dtype of the norm's parameters.
         norm: tensors of the norm.
         conv: the rest of the convolution.
@@ -55,8 +56,8 @@ def conv_norm_act(
             their gradients are autograd's.
 
     Returns:
-        y [N, O, H', W'], of the dtype of ``x``, channels last; None where there are no kernels for
-        these tensors: another layout, other dtypes or devices than theirs.
+        y [N, O, H', W'], of the dtype of ``x``, channels last; None where the parameters and
+        statistics are not on its device, or not float32 (float64 for a float64 ``x``).
 
     Raises:
         ValueError: fewer than two values per channel, or a residual that does not fit.
@@ -143,11 +144,6 @@ class _ConvNormAct(torch.autograd.Function):
 
 
 def _takes(x: Tensor, weight: Tensor, norm: Norm) -> bool:
-    # One channel is channels last in every layout: which one is meant, it does not say.
-    if x.ndim != 4 or x.shape[1] == 1 or not x.numel():
-        return False
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return False
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     tensors = (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return all(t is None or (t.dtype == dtype and t.device == x.device) for t in tensors)

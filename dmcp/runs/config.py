@@ -117,7 +117,9 @@ def to_json(config: TrainConfig | SearchConfig) -> dict[str, Any]:
     """The configuration as plain JSON data."""
     if isinstance(config, TrainConfig):
         return {"kind": "train", **asdict(config)}
-    return {"kind": "search", **asdict(config), "budget": config.budget.to_json()}
+    search = asdict(config.search)
+    del search["cuda_graphs"]  # how steps are computed, not what
+    return {"kind": "search", **asdict(config), "search": search, "budget": config.budget.to_json()}
 
 
 def check_epochs(**epochs: int) -> None:

@@ -82,6 +82,10 @@ class BudgetLoss:
         return {"multipliers": self.multipliers.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["multipliers"].shape != self.multipliers.shape:
+            raise ValueError(
+                f"multipliers: {len(state['multipliers'])}, for {len(self.multipliers)} bounds"
+            )
         self.multipliers.copy_(state["multipliers"])
 
 

@@ -88,5 +88,7 @@ class SearchOptions:
             raise ConfigError(
                 f"arch_optimizer must be 'adam' or 'sgd', got {self.arch_optimizer!r}"
             )
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError(f"cuda_graphs must be a bool, got {self.cuda_graphs!r}")
         check_precision(self.precision)
         check_micro_batches(self.micro_batches)

@@ -58,10 +58,7 @@ class Search(ChainSearch):
         seed: int = 0,
         world: World | None = None,
     ) -> None:
-        super().__init__(net, budget, steps, options, seed)
-        options = self.options
-        self.gradients = GradientBuffer(net.trained_parameters(), net.weight_parameters())
-        self.arch_gradients = GradientBuffer(net.architecture_parameters())
+        options = options or SearchOptions()
         device = net.architecture_parameters()[0].device
         self.world = world or World.single(device)
         if options.cuda_graphs and self.world.size > 1:
@@ -70,6 +67,9 @@ class Search(ChainSearch):
                 f"{self.world.size} processes are not captured"
             )
         self.cuda_graphs = CudaGraphs(net, device) if options.cuda_graphs else None
+        super().__init__(net, budget, steps, options, seed)
+        self.gradients = GradientBuffer(net.trained_parameters(), net.weight_parameters())
+        self.arch_gradients = GradientBuffer(net.architecture_parameters())
         self.precision = MixedPrecision(options.precision, device)
         self.optimizer = sgd(net.model, options.lr, options.momentum, options.weight_decay)
         broadcast_parameters(net, self.world)

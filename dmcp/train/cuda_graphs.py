@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from dmcp.errors import ConfigError
 
 WARM_UP = 3
 """Calls of a pass before its capture: kernels are chosen and compiled, workspaces made in them."""
+MOVES = 3
+"""So often a pass may find its network somewhere else in memory, and begins anew."""
 
-Place = tuple[int, int | bool | None]
-"""Addresses of a tensor and of its gradient: None where it has none, False where it wants none."""
+Place = tuple[int, torch.dtype, bool, int | None]
+"""Address and dtype of a tensor, whether it wants a gradient, and the address of that it has."""
 
 _Result = TypeVar("_Result")
 _Layout = tuple[Hashable, ...]
@@ -39,8 +41,8 @@ class CudaGraphs:
     besides its result it leaves in place: gradients are added to those that are there, statistics
     moved. Its first calls are ordinary ones, the next is captured. A replay launches the same
     kernels on other numbers, and runs no Python. Calls whose inputs have another layout than the
-    captured ones, as a last, smaller batch, stay ordinary. Moving or casting the network drops its
-    graphs.
+    captured ones, as a last, smaller batch, stay ordinary. The graph of a pass whose network was
+    moved or cast is dropped at the next call.
 
     Args:
         net: its parameters, gradients and buffers are what graphs hold the addresses of.
@@ -72,16 +74,20 @@ class CudaGraphs:
             inputs: no other values than those in tensors may differ between two calls.
 
         Raises:
-            ConfigError: the pass cannot be captured.
+            ConfigError: the pass cannot be captured, or a tensor of its inputs is elsewhere.
 
         Warns:
-            UserWarning: a replay would not do the same as the pass, see `rehearse`, which stays an
-                ordinary one.
+            UserWarning: a replay would not do the same as the pass, see `rehearse`, or its network
+                is somewhere else in memory again and again; it stays an ordinary one.
         """
         places = self._memory.places()
-        if name not in self._passes or self._passes[name].places != places:
-            self._passes[name] = _Pass(places)
-        this, layout = self._passes[name], layout_of(inputs, self._device)
+        this = self._passes.setdefault(name, _Pass(places))
+        if this.places != places and not this.stays_ordinary:
+            this = self._passes[name] = _Pass(places, moves=this.moves + 1)
+            if this.moves > MOVES:
+                this.stays_ordinary = True
+                _warn(name, "finds parameters, buffers or gradients in other memory each time")
+        layout = layout_of(inputs, self._device)
         with torch.cuda.device(self._device):
             if this.captured is None and not this.stays_ordinary:
                 this.calls[layout] += 1
@@ -114,8 +120,7 @@ class CudaGraphs:
             result, obstacles = rehearse(compute, inputs, self._memory, self._device)
         if obstacles:
             self._passes[name].stays_ordinary = True
-            message = f"cuda_graphs: the {name} pass is not replayed: it {', '.join(obstacles)}"
-            warnings.warn(message, stacklevel=2)
+            _warn(name, ", ".join(obstacles))
         return result
 
     def _capture(
@@ -132,7 +137,10 @@ class CudaGraphs:
             # A capture that fails does not leave its stream by itself.
             with torch.cuda.stream(self._stream), _casts_not_kept(), capture:
                 result = compute(*static)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            self._passes[name].stays_ordinary = True
             raise ConfigError(
                 f"cuda_graphs: the {name} pass cannot be captured, leave the option off for this "
                 f"network: {error.__context__ or error}"
@@ -164,11 +172,13 @@ class _Pass:
     """What is known of a pass while the memory of the network is at these places.
 
     Attributes:
+        moves: how often it has begun anew.
         calls: how many there were, of every layout, until one was captured.
         stays_ordinary: whether it may not be captured.
     """
 
     places: list[Place]
+    moves: int = 0
     calls: Counter[_Layout] = field(default_factory=Counter)
     captured: _Captured | None = None
     stays_ordinary: bool = False
@@ -182,7 +192,6 @@ class Memory:
             (name, holder)
             for name, module in net.named_modules()
             for holder in (module._parameters, module._buffers)
-            if holder
         ]
 
     def places(self) -> list[Place]:
@@ -190,7 +199,9 @@ class Memory:
         return [
             (
                 tensor.data_ptr(),
-                tensor.requires_grad and (None if tensor.grad is None else tensor.grad.data_ptr()),
+                tensor.dtype,
+                tensor.requires_grad,
+                None if tensor.grad is None else tensor.grad.data_ptr(),
             )
             for _, holder in self._holders
             for tensor in holder.values()
@@ -209,11 +220,25 @@ class Memory:
 
 
 def layout_of(inputs: Sequence[Any], device: torch.device) -> _Layout:
-    """What the kernels of a pass depend on besides the numbers in its tensors."""
+    """What the kernels of a pass depend on besides the numbers in its tensors.
+
+    Raises:
+        ConfigError: a tensor is not on the device: what a kernel gets from the host is captured.
+    """
+    leaves, structure = tree_flatten(inputs)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.device.type != device.type:
+            raise ConfigError(f"cuda_graphs needs inputs on {device}, one is on {leaf.device}")
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    return autocast, *(
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-        for leaf in tree_leaves(inputs)
+    return (
+        autocast,
+        structure,
+        *(
+            (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf)
+            for leaf in leaves
+        ),
     )
 
 
@@ -240,9 +265,25 @@ def rehearse(
 
 _READS = frozenset(
     f"aten::{name}"
-    for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+    for name in (
+        "_local_scalar_dense",
+        "_unique2",
+        "bincount",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "nonzero",
+        "repeat_interleave",
+    )
 )
+_INDEXING = frozenset(("aten::index", "aten::index_put", "aten::index_put_"))
 _COPIES = frozenset(("aten::_to_copy", "aten::copy_"))
+
+
+def _has_masks(args: tuple[Any, ...]) -> bool:
+    """Whether something is indexed by a mask, whose elements have to be counted."""
+    indices = tree_leaves(args[1])
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
 class _Watch(TorchDispatchMode):
@@ -273,13 +314,18 @@ class _Watch(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs, result))
         devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
         name, here = func._schema.name, self._device in devices
-        if here and name in _READS:
+        if here and (name in _READS or (name in _INDEXING and _has_masks(args))):
             self.found[name] = "waits for numbers"
         elif here and name in _COPIES and len(devices) > 1:
             self.found[name] = "copies between host and device"
         elif not here and torch.Tag.nondeterministic_seeded in func.tags:
             self.found[name] = "draws random numbers on the host"
         return result
+
+
+def _warn(name: str, obstacles: str) -> None:
+    message = f"cuda_graphs: the {name} pass is not replayed: it {obstacles}"
+    warnings.warn(message, stacklevel=3)
 
 
 @contextmanager

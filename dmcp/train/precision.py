@@ -79,11 +79,16 @@ class MixedPrecision:
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     """A fused SGD whose first step is left out keeps memory that nobody wrote as its momentum, and
-    adds it to the weights in the second one. From zeros the first step is what it would be."""
+    adds it to the weights in the second one. From zeros, the first step is what it would be
+    (without dampening, which the first step leaves out)."""
     if not isinstance(optimizer, torch.optim.SGD):
         return
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
+        if not group["fused"] or not group["momentum"] or group["dampening"]:
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
             state = optimizer.state[parameter]
-            if parameter.grad is not None and state.get("momentum_buffer") is None:
+            if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)

@@ -38,7 +38,7 @@ def draw(root, environment, rows, tmp_path):
     return done, figure
 
 
-def test_the_fit_finds_what_does_not_depend_on_the_batch():
+def test_the_line_is_fitted_to_the_batches():
     rows = [row for row in measured("float32", 120.0, 7.5) if row["against"] == "batch"]
     assert fit(rows) == pytest.approx((120.0, 7.5))
 

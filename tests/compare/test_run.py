@@ -87,8 +87,13 @@ def test_what_is_done_is_not_done_again_and_more_may_be_added(config, place):
 def test_processes_give_what_one_process_gives(config, place, fork_server, tmp_path, monkeypatch):
     alone = run_compare(config, place)
     other = Place(tmp_path / "processes", "cpu", threads=1)
+
+    def context(method):
+        assert method == "spawn"
+        return fork_server
+
     # Soon; the test of how processes end has them as they are.
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork_server)
+    monkeypatch.setattr(multiprocessing, "get_context", context)
     several = run_compare(config, other, jobs=2)
     assert [r.top1 for r in several.records] == [r.top1 for r in alone.records]
     assert [r.widths for r in several.records] == [r.widths for r in alone.records]

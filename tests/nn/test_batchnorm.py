@@ -143,3 +143,13 @@ def test_what_was_handed_over_is_not_pickled():
     norm.handed.give(torch.zeros(1))
     assert pickle.loads(pickle.dumps(norm)).handed.take() is None
     assert copy.deepcopy(norm).handed.take() is None
+
+
+def test_statistics_move_without_a_count():
+    images = torch.randn(4, 3, 5, 5)
+    norms = nn.BatchNorm2d(3), MarkovBatchNorm2d(3)
+    for norm in norms:
+        norm.num_batches_tracked = None
+        norm(images)
+    torch.testing.assert_close(norms[1].running_mean, norms[0].running_mean)
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var)

@@ -232,3 +232,117 @@ def test_a_norm_of_another_dtype_is_left_to_pytorch():
 def test_images_of_one_channel_keep_their_layout():
     layer = MarkovConv2d(1, 8, 3, padding=1, bias=False, norm=nn.BatchNorm2d(8))
     assert layer(torch.randn(2, 1, 5, 5)).is_contiguous()
+
+
+# --- What PyTorch refuses, and what is no plain tensor --------------------------------------------
+
+
+def fused(**options):
+    conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+    own = MarkovConv2d(8, 16, 3, padding=1, bias=False, norm=nn.BatchNorm2d(16), **options)
+    same_weights(conv, own)
+    return own
+
+
+def images_of(channels):
+    return torch.randn(4, channels, 6, 6).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(16)], ids=["bare", "norm"])
+def test_more_channels_than_there_are_weights_for_are_refused_while_gradients_add_up(norm):
+    conv = MarkovConv2d(8, 16, 1, bias=False, norm=norm)
+    conv.chain.width = 8
+    conv.state.accumulates = True
+    for parameter in conv.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        conv(images_of(12))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_images_that_no_convolution_takes_are_refused_under_autocast_too(dtype):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises((RuntimeError, TypeError)):
+        fused()(images_of(8).to(dtype))
+
+
+def test_images_without_data_have_a_shape():
+    own = MarkovConv2d(8, 16, 3, norm=nn.BatchNorm2d(16, device="meta"), bias=False, device="meta")
+    assert own(torch.empty(2, 8, 4, 4, device="meta")).shape == (2, 16, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 0}, {"padding": -1}, {"dilation": 0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_windows_that_pytorch_refuses_are_refused(options):
+    own = MarkovConv2d(8, 16, 3, bias=False, norm=nn.BatchNorm2d(16), **options)
+    with pytest.raises(RuntimeError):
+        own(images_of(8))
+
+
+class Halved(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight / 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_parametrised_weight_is_computed_once_in_a_pass(layout):
+    own = fused()
+    nn.utils.parametrize.register_parametrization(own, "weight", halved := Halved())
+    images = images_of(8).to(memory_format=layout)
+    halved.calls = 0
+    y = own(images)
+    assert halved.calls == 1
+    expected = F.batch_norm(F.conv2d(images, own.weight, padding=1), None, None, training=True)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    assert own.parametrizations.weight.original.grad is not None
+
+
+class Standardised(MarkovConv2d):
+    @property
+    def weight(self):
+        weight = self._parameters["weight"]
+        return weight - weight.mean((1, 2, 3), keepdim=True)
+
+
+def test_a_weight_that_the_class_computes_is_used_in_every_layout():
+    own, images = fused(), images_of(8)
+    own.__class__ = Standardised
+    torch.testing.assert_close(own(images), own(images.contiguous()))
+
+
+def test_a_weight_that_is_no_leaf_gets_its_gradient_by_autograd():
+    own, source = fused(), torch.randn(16, 8, 3, 3, requires_grad=True)
+    own.state.accumulates = True
+    for parameter in own.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight = source * 1
+    weight.retain_grad()
+    weight.grad = torch.zeros_like(weight)
+    torch.func.functional_call(own, {"weight": weight}, images_of(8)).square().sum().backward()
+    assert source.grad.abs().sum() > 0
+
+
+def test_gradients_are_the_same_under_compiled_autograd():
+    own, images = fused(), images_of(8)
+    own(images).square().sum().backward()
+    expected = own.weight.grad.clone()
+    own.weight.grad = None
+    compiler = torch.compile(backend="eager")
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        own(images).square().sum().backward()
+    torch.testing.assert_close(own.weight.grad, expected)
+
+
+def test_a_pass_that_is_refused_is_not_counted():
+    own = fused()
+    with pytest.raises(ValueError, match="residual must be"):
+        own(images_of(8), torch.randn(4, 16, 5, 5))
+    assert own.norm.num_batches_tracked == 0
+    own(images_of(8))
+    assert own.norm.num_batches_tracked == 1

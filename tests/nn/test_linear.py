@@ -59,3 +59,13 @@ def test_a_classifier_follows_the_width_of_its_input():
 def test_a_shared_chain_of_another_size_is_refused():
     with pytest.raises(ConfigError, match="chain has 16 channels, out_features is 8"):
         MarkovLinear(6, 8, chain=MarkovLinear(6, 16).chain)
+
+
+def test_more_inputs_than_there_are_weights_for_are_refused_while_gradients_add_up():
+    layer = MarkovLinear(8, 16)
+    layer.chain.width = 8
+    layer.state.accumulates = True
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        layer(torch.randn(4, 12))

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import runpy
 import shlex
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -437,10 +438,18 @@ def torchrun(fork_server, monkeypatch, tmp_path):
         )
         monkeypatch.setattr(sys, "argv", ["dmcp", *command])  # the processes take it over
         monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # else it would be left behind
-        # A thread of its own, as in the main one it would change how signals are handled.
-        with ThreadPoolExecutor() as thread:
-            agent = elastic_launch(config, runpy.run_module)
-            thread.submit(agent, "dmcp", None, "__main__").result(timeout=300)
+        others = set(multiprocessing.active_children())
+        agent = elastic_launch(config, runpy.run_module)
+        # A thread of its own, as in the main one it would change how signals are handled; of this
+        # pool, as its threads are daemons: nothing waits for an agent that hangs.
+        with ThreadPool(1) as thread:
+            ended = thread.apply_async(agent, ("dmcp", None, "__main__"))
+            try:
+                ended.get(timeout=300)
+            finally:
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.kill()
+                ended.wait(timeout=30)  # the agent sees that its workers have ended
         streams = (sorted(logs.rglob(f"{stream}.log")) for stream in ("stdout", "stderr"))
         return ["".join(path.read_text() for path in paths) for paths in streams]
 

@@ -407,7 +407,7 @@ def rehearsed(search, images, labels):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_passes_of_fixed_widths_can_be_captured(precision):
+def test_a_rehearsal_has_nothing_against_passes_of_fixed_widths(precision):
     found = rehearsed(search_in("resnet18", precision=precision), *batch())
     assert found == {"widest": [], "narrowest": [], "architecture": []}
 

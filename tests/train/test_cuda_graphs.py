@@ -45,14 +45,21 @@ def test_other_numbers_are_the_same_layout():
         ({"stem": 8}, [part(3)]),
         ({"stem": 8}, [part(share=0.5)]),
         ({"stem": 8}, [part(dtype=torch.float64)]),
-        ({"stem": 8}, [part(device="meta")]),
         ({"stem": 8}, [part()._replace(images=torch.randn(4, 8, 8, 3).permute(0, 3, 1, 2))]),
         ({"stem": 8}, [part(), part()]),
+        ({"last": 8}, [part()]),
+        ({"stem": 8.0}, [part()]),
+        ({"stem": 8, "last": part()}, []),
     ],
-    ids=["width", "images", "share", "dtype", "device", "format", "parts"],
+    ids=["width", "images", "share", "dtype", "format", "parts", "unit", "type", "structure"],
 )
 def test_other_inputs_are_another_layout(inputs):
     assert layout_of(inputs, CPU) != layout_of(({"stem": 8}, [part()]), CPU)
+
+
+def test_inputs_that_are_elsewhere_are_refused():
+    with pytest.raises(ConfigError, match="cuda_graphs needs inputs on cpu, one is on meta"):
+        layout_of([part(device="meta")], CPU)
 
 
 def test_autocast_of_the_caller_is_part_of_the_layout():
@@ -146,11 +153,19 @@ def test_buffers_that_are_replaced_are_named(small_net):
         (lambda x: x if (x > 0).any() else -x, "_local_scalar_dense"),
         (lambda x: torch.equal(x, x), "equal"),
         (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x.clone().index_put_((x > 0,), torch.zeros(())), "index_put_"),
+        (lambda x: x.unique(), "_unique2"),
     ],
 )
 def test_numbers_that_the_host_waits_for_are_found(read, name):
     found = obstacles(nn.Identity(), read, torch.randn(4))
     assert found == [f"waits for numbers (aten::{name})"]
+
+
+def test_indices_that_are_numbers_are_no_obstacle():
+    x, rows = torch.randn(4), torch.tensor([0, 2])
+    assert obstacles(nn.Identity(), lambda: x[rows]) == []
 
 
 def test_what_the_backward_does_is_found():
