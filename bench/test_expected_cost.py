@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,8 +31,10 @@ class Problem:
 
     def __init__(self, device: torch.device) -> None:
         with torch.device("meta"):  # traced without data, which is quick
-            model = dmcp.models.mobilenet_v2(width=1.5)
-            net = dmcp.MarkovNet(model, torch.zeros(1, 3, 224, 224), groups=15, divisor=1)
+            traced = dmcp.trace(dmcp.models.mobilenet_v2(width=1.5), torch.zeros(1, 3, 224, 224))
+        model = dmcp.models.mobilenet_v2(width=1.5)
+        graph = replace(traced, model=model)
+        net = dmcp.MarkovNet(model, groups=15, divisor=1, graph=graph)
         self.cost = dmcp.cost(net.graph)
         self.table: CostTable = net.cost_table([self.cost]).to(device)
         self.choices = [unit.choices for unit in net.graph.units]
