@@ -49,7 +49,7 @@ PASSES = ("widest", "narrowest", "architecture")
 STEPS, START = 1_000_000, 500_000
 """Every turn starts in the middle of a search that no turn ends."""
 BUDGET = dmcp.Budget(macs="50%")
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-2}
 """Largest ‖result - reference‖ / ‖reference‖ of a rival that may be timed.
 
 In float64 it holds the mathematics; in float32 it leaves room for rounding, which moves values
