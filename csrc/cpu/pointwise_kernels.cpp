@@ -53,7 +53,6 @@ using cpu::Pointwise;
 
 #ifdef __AMX_BF16__
 
-using Operand = BFloat16;
 constexpr int64_t kDepth = 2;  // values in a word
 constexpr int64_t kTile = 16;  // rows of A, columns of B, words of the contraction
 constexpr int64_t kStep = kTile;
@@ -160,7 +159,6 @@ class Multiplier {
 
 #else
 
-using Operand = float;
 constexpr int64_t kDepth = 1;
 constexpr int64_t kStep = 1;
 constexpr int kRows = DMCP_VECTOR_BYTES == 64 ? 8 : 4;  // so that sums stay in registers
@@ -215,18 +213,6 @@ struct Contraction {
   int64_t panel() const { return pitch * kColumns; }
 };
 
-// As it is multiplied: weights are rounded.
-DMCP_HOST_DEVICE Words rounded(Words v) { return widen_bfloat16(narrow_bfloat16(v)); }
-
-template <typename Lanes>
-DMCP_HOST_DEVICE Words operand(const BFloat16* p, Lanes lanes) {
-  return load(p, lanes);
-}
-template <typename Lanes>
-DMCP_HOST_DEVICE Words operand(const float* p, Lanes lanes) {
-  return rounded(load(p, lanes));
-}
-
 // body(k, Whole or Part) for vectors of `length` values; k is where they begin.
 template <typename Body>
 DMCP_HOST_DEVICE void for_vectors(int64_t length, const Body& body) {
@@ -235,19 +221,9 @@ DMCP_HOST_DEVICE void for_vectors(int64_t length, const Body& body) {
   if (k < length) body(k, Part{static_cast<int>(length - k)});
 }
 
-// A row of words from a row of values.
-template <typename T>
-void lay_row(const Contraction& contraction, const T* from, float* to) {
-  Operand* values = reinterpret_cast<Operand*>(to);
-  for_vectors(contraction.length,
-              [=](int64_t k, auto lanes) { store(values + k, operand(from + k, lanes)); });
-  const int64_t length = contraction.pitch * kDepth;
-  for (int64_t k = blocks_of(contraction.length, kColumns) * kColumns; k < length; k += kColumns)
-    store(values + k, Words{});
-}
-
 #ifdef __AMX_BF16__
 
+// A row of words from a row of values.
 void lay_row(const Contraction& contraction, const BFloat16* from, float* to) {
   for (int64_t k = 0; k < contraction.pitch; k += kColumns) {
     const int64_t left = contraction.length - k * kDepth;
@@ -309,6 +285,28 @@ DMCP_HOST_DEVICE Words words_of(const float* from, int64_t, Count<1>, Lanes lane
 }
 
 #else
+
+// As it is multiplied: weights are rounded.
+DMCP_HOST_DEVICE Words rounded(Words v) { return widen_bfloat16(narrow_bfloat16(v)); }
+
+template <typename Lanes>
+DMCP_HOST_DEVICE Words operand(const BFloat16* p, Lanes lanes) {
+  return load(p, lanes);
+}
+template <typename Lanes>
+DMCP_HOST_DEVICE Words operand(const float* p, Lanes lanes) {
+  return rounded(load(p, lanes));
+}
+
+// A row of words from a row of values.
+template <typename T>
+void lay_row(const Contraction& contraction, const T* from, float* to) {
+  for_vectors(contraction.length,
+              [=](int64_t k, auto lanes) { store(to + k, operand(from + k, lanes)); });
+  for (int64_t k = blocks_of(contraction.length, kColumns) * kColumns; k < contraction.pitch;
+       k += kColumns)
+    store(to + k, Words{});
+}
 
 template <typename T, typename Lanes>
 DMCP_HOST_DEVICE Words words_of(const T* from, int64_t, Count<1>, Lanes lanes) {
